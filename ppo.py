@@ -125,7 +125,7 @@ def make_envs(args):
     kwargs = {"reward_clipping": False} if is_atari and mode in (None, "vector_entry_point") else {}
     try:
         envs = gym.make_vec(f"ale_py:{args.env_id}" if is_atari else args.env_id, args.num_envs, mode, **kwargs)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ImportError) as error:
         hint = " (pip install ale-py)" if is_atari else ""
         raise ConfigError(f"--env-id {args.env_id}: {' '.join(str(error).split())}{hint}") from error
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
@@ -146,6 +146,40 @@ def make_envs(args):
     if args.clip_reward is not None:
         envs = TransformReward(envs, partial(np.clip, a_min=-args.clip_reward, a_max=args.clip_reward))
     return envs
+
+
+class RunLog:
+    """The run folder, with args.json and metrics.csv; with --track, Weights & Biases gets the same metrics."""
+
+    def __init__(self, args):
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.dir, self.wandb = Path(args.run_dir or f"runs/{name}"), None
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.csv = open(self.dir / "metrics.csv", "x", buffering=1)
+            (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+        except OSError as error:
+            raise ConfigError(f"--run-dir {self.dir}: {error.strerror}; choose a new, writable folder") from error
+        if args.track:
+            import wandb
+
+            self.wandb, project = wandb, args.wandb_project_name
+            try:
+                wandb.init(project=project, entity=args.wandb_entity, name=name, config=vars(args), dir=self.dir)
+            except wandb.Error as error:
+                raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
+
+    def write(self, metrics):
+        if self.csv.tell() == 0:
+            print(*metrics, sep=",", file=self.csv)
+        print(*("" if value is None else value for value in metrics.values()), sep=",", file=self.csv)
+        if self.wandb:
+            self.wandb.log(metrics, step=metrics["global_step"])
+
+    def close(self):
+        self.csv.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def layer_init(layer, std=2**0.5, bias=0.0):
@@ -226,25 +260,20 @@ class Agent(nn.Module):
             obs = obs.movedim(-1, -3)  # (..., H, W, C) -> (..., C, H, W)
         return self.encoder(obs.reshape(-1, *obs.shape[-3:])).reshape(*obs.shape[:-3], -1)
 
-    def decode_dist(self, features):
-        outputs = self.actor(features)
+    def forward(self, obs):
+        """The policy pi(. | s), as a distribution over actions, and the value V(s)."""
+        features = self.encode(obs)
+        outputs, value = self.actor(features), self.critic(features).squeeze(-1)
         if self.log_std is None:
-            return Categorical(logits=outputs, validate_args=False)
-        mean = outputs.reshape(*outputs.shape[:-1], *self.log_std.shape)
-        return Independent(Normal(mean, self.log_std.exp(), validate_args=False), self.log_std.ndim)
+            return Categorical(logits=outputs, validate_args=False), value
+        mean = outputs.reshape(*value.shape, *self.log_std.shape)
+        return Independent(Normal(mean, self.log_std.exp(), validate_args=False), self.log_std.ndim), value
 
     def get_dist(self, obs):
-        """The policy pi(. | s), as a distribution over actions."""
-        return self.decode_dist(self.encode(obs))
+        return self(obs)[0]
 
     def get_value(self, obs):
-        """The critic's V(s)."""
-        return self.critic(self.encode(obs)).squeeze(-1)
-
-    def forward(self, obs):
-        """Both, for one pass through what they share."""
-        features = self.encode(obs)
-        return self.decode_dist(features), self.critic(features).squeeze(-1)
+        return self(obs)[1]
 
     @torch.no_grad()
     def act(self, obs, rng):
@@ -307,34 +336,23 @@ def train(args):
     if not agent.is_image:
         torch.set_num_threads(1)  # more threads slow small networks down
 
-    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        metrics_file = open(run_dir / "metrics.csv", "x", buffering=1)
-        (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-    except OSError as error:
-        raise ConfigError(f"--run-dir {run_dir}: {error.strerror}; choose a new folder where you can write") from error
-    if args.track:
-        import wandb
-
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args), name=name, dir=run_dir)
+    log = RunLog(args)
 
     # Step t leads from row t to row t + 1 of obs and dones, so their last row is the first of the next rollout.
+    T, N = args.num_steps, args.num_envs
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     obs_dtype = np.uint8 if obs_space.dtype == np.uint8 else np.float32
     action_dtype = np.int64 if isinstance(action_space, Discrete) else np.float32
-    obs = np.zeros((args.num_steps + 1, args.num_envs, *obs_space.shape), obs_dtype)  # (T + 1, N, ...)
-    dones = np.zeros((args.num_steps + 1, args.num_envs), bool)  # (T + 1, N)
-    actions = np.zeros((args.num_steps, args.num_envs, *action_space.shape), action_dtype)  # (T, N, ...)
-    rewards = np.zeros((args.num_steps, args.num_envs), np.float32)  # (T, N)
-    terminations = np.zeros((args.num_steps, args.num_envs), bool)  # (T, N)
-    obs[-1], _ = envs.reset(seed=args.seed * args.num_envs)  # environment i takes seed + i: runs share none
+    obs = np.zeros((T + 1, N, *obs_space.shape), obs_dtype)
+    dones = np.zeros((T + 1, N), bool)
+    actions = np.zeros((T, N, *action_space.shape), action_dtype)
+    rewards = np.zeros((T, N), np.float32)
+    terminations = np.zeros((T, N), bool)
+    obs[-1], _ = envs.reset(seed=args.seed * N)  # environment i takes seed + i, so neighbouring runs share none
 
-    batch_size = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // batch_size
-    kl_coef, global_step, episode_returns, episode_lengths = args.kl_coef, 0, [], []
-    bar = tqdm(total=num_iterations * batch_size, desc=args.env_id, unit="step", unit_scale=True)
+    num_iterations = args.total_timesteps // (T * N)
+    kl_coef, global_step, episodes = args.kl_coef, 0, []  # episodes: (return, length) of each that has ended
+    bar = tqdm(total=num_iterations * T * N, desc=args.env_id, unit="step", unit_scale=True)
     start_time = time.perf_counter()
     for iteration in range(num_iterations):
         if args.anneal_lr:
@@ -342,21 +360,21 @@ def train(args):
 
         # Collect a rollout.
         obs[0], dones[0] = obs[-1], dones[-1]
-        num_logged = len(episode_returns)
-        for step in range(args.num_steps):
+        num_logged = len(episodes)
+        for step in range(T):
             actions[step] = agent.act(obs[step], rng)
             obs[step + 1], rewards[step], terminations[step], truncations, infos = envs.step(actions[step])
             dones[step + 1] = terminations[step] | truncations
-            global_step += args.num_envs
+            global_step += N
             check_finite(global_step, observation=obs[step + 1], reward=rewards[step])
             if "episode" in infos:
-                episode_returns += infos["episode"]["r"][infos["_episode"]].tolist()
-                episode_lengths += infos["episode"]["l"][infos["_episode"]].tolist()
+                ended = infos["_episode"]
+                episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
 
         # Estimate advantages and returns.
         all_obs = torch.as_tensor(obs, device=device)
         with torch.no_grad():
-            values = agent.get_value(all_obs).cpu().numpy()  # (T + 1, N)
+            values = agent.get_value(all_obs).numpy(force=True)  # (T + 1, N)
         advantages = compute_gae(rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda)
         is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
         b_obs, b_actions, b_values, b_advantages, b_returns = (
@@ -372,15 +390,16 @@ def train(args):
         for epoch in range(args.update_epochs):
             if args.recompute_advantages and epoch > 0:
                 with torch.no_grad():
-                    values = agent.get_value(all_obs).cpu().numpy()
+                    values = agent.get_value(all_obs).numpy(force=True)
                 advantages = compute_gae(
                     rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
                 )
-                b_advantages = torch.as_tensor(advantages[is_transition], device=device)
-                b_returns = torch.as_tensor((advantages + values[:-1])[is_transition], device=device)
+                b_advantages, b_returns = (
+                    torch.as_tensor(x[is_transition], device=device) for x in (advantages, advantages + values[:-1])
+                )
             order = torch.randperm(len(b_obs), device=device)
             batch = (b_obs, b_actions, b_logprobs, b_values, b_advantages, b_returns)
-            minibatches = zip(*(x[order].tensor_split(args.num_minibatches) for x in batch), strict=True)
+            minibatches = zip(*(x[order].tensor_split(args.num_minibatches) for x in batch))
             for mb_obs, mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns in minibatches:
                 dist, new_values = agent(mb_obs)
                 logratio = dist.log_prob(mb_actions) - mb_logprobs
@@ -426,36 +445,30 @@ def train(args):
 
         # Log.
         names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
-        means = dict(zip(names, torch.stack(diagnostics).mean(0).tolist(), strict=True))
+        means = dict(zip(names, torch.stack(diagnostics).mean(0).tolist()))
         check_finite(global_step, **means)
         seconds = time.perf_counter() - start_time
-        metrics = {
+        mean_return, mean_length = np.mean(episodes[num_logged:], axis=0) if episodes[num_logged:] else (None, None)
+        log.write({
             "global_step": global_step,
             "wall_time": round(seconds, 3),
             "sps": round(global_step / seconds),
-            "episodes": len(episode_returns),
-            "episodic_return": np.mean(episode_returns[num_logged:]) if episode_returns[num_logged:] else None,
-            "episodic_length": np.mean(episode_lengths[num_logged:]) if episode_returns[num_logged:] else None,
+            "episodes": len(episodes),
+            "episodic_return": mean_return,
+            "episodic_length": mean_length,
             **means,
             "explained_variance": explained_variance.item(),
             "kl_coef": kl_coef,
             "learning_rate": optimizer.param_groups[0]["lr"],
-        }
-        if iteration == 0:
-            print(*metrics, sep=",", file=metrics_file)
-        print(*("" if value is None else value for value in metrics.values()), sep=",", file=metrics_file)
-        if args.track:
-            wandb.log(metrics, step=global_step)
-        final_return = f"{np.mean(episode_returns[-100:]):.1f}" if episode_returns else "unknown"
-        bar.set_postfix_str(f"return {final_return}", refresh=False)
-        bar.update(batch_size)
+        })
+        last_return = f"{np.mean(episodes[-100:], axis=0)[0]:.1f}" if episodes else "unknown"
+        bar.set_postfix_str(f"return {last_return}", refresh=False)
+        bar.update(T * N)
 
     bar.close()
     envs.close()
-    metrics_file.close()
-    if args.track:
-        wandb.finish()
-    print(f"{args.env_id}: return {final_return}, {global_step} steps in {seconds:.1f} s, {run_dir}")
+    log.close()
+    print(f"{args.env_id}: return {last_return}, {global_step} steps in {seconds:.1f} s, {log.dir}")
     return agent
 
 
