@@ -111,7 +111,8 @@ def check_finite(global_step, **quantities):
     """Raise a FloatingPointError for the first quantity, given by name, that is NaN or infinite anywhere."""
     for name, value in quantities.items():
         if not np.isfinite(value).all():
-            raise FloatingPointError(f"{name} is not finite at step {global_step}: {value}")
+            index = np.argwhere(~np.isfinite(value))[0].tolist()  # of an array (N, ...): the environment first
+            raise FloatingPointError(f"{name}{index or ''} is {np.asarray(value)[tuple(index)]} at step {global_step}")
 
 
 def make_envs(args):
@@ -403,11 +404,11 @@ def train(args):
             for mb_obs, mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns in minibatches:
                 dist, new_values = agent(mb_obs)
                 logratio = dist.log_prob(mb_actions) - mb_logprobs
-                ratio = logratio.exp()
+                ratio = logratio.exp()  # r_t(theta)
                 clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                 if args.norm_adv:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                policy_loss = -torch.min(ratio * mb_advantages, clipped_ratio * mb_advantages).mean()
+                policy_loss = -torch.min(ratio * mb_advantages, clipped_ratio * mb_advantages).mean()  # eq. 7
 
                 squared_error = (new_values - mb_returns).square()
                 if args.clip_vloss:
@@ -416,10 +417,10 @@ def train(args):
                 value_loss = 0.5 * squared_error.mean()
 
                 entropy = dist.entropy().mean()
-                loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+                loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss  # eq. 9
                 approx_kl = (ratio - 1 - logratio).mean()  # KL(old || new): unbiased, and each term is >= 0
                 if args.kl_coef > 0:
-                    loss = loss + kl_coef * approx_kl
+                    loss = loss + kl_coef * approx_kl  # eq. 8
 
                 clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
                 diagnostics.append(torch.stack((policy_loss, value_loss, entropy, approx_kl, clipfrac)).detach())
@@ -461,20 +462,20 @@ def train(args):
             "kl_coef": kl_coef,
             "learning_rate": optimizer.param_groups[0]["lr"],
         })
-        last_return = f"{np.mean(episodes[-100:], axis=0)[0]:.1f}" if episodes else "unknown"
-        bar.set_postfix_str(f"return {last_return}", refresh=False)
+        last_return = f"return {np.mean(episodes[-100:], axis=0)[0]:.1f}" if episodes else "no episode has ended"
+        bar.set_postfix_str(last_return, refresh=False)
         bar.update(T * N)
 
     bar.close()
     envs.close()
     log.close()
-    print(f"{args.env_id}: return {last_return}, {global_step} steps in {seconds:.1f} s, {log.dir}")
+    print(f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s, {log.dir}")
     return agent
 
 
 if __name__ == "__main__":
     try:
         train(tyro.cli(Args))
-    except ConfigError as error:
+    except (ConfigError, FloatingPointError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
