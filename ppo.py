@@ -127,7 +127,7 @@ def make_envs(args):
     try:
         envs = gym.make_vec(f"ale_py:{args.env_id}" if is_atari else args.env_id, args.num_envs, mode, **kwargs)
     except (gym.error.Error, ImportError) as error:
-        hint = " (pip install ale-py)" if is_atari else ""
+        hint = " (pip install ale-py)" if is_atari and isinstance(error, ImportError) else ""
         raise ConfigError(f"--env-id {args.env_id}: {' '.join(str(error).split())}{hint}") from error
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     autoreset_mode = envs.metadata.get("autoreset_mode")
@@ -226,7 +226,7 @@ class Agent(nn.Module):
         self.register_buffer("obs_count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("obs_mean", torch.zeros(self.obs_shape, dtype=torch.float64))
         self.register_buffer("obs_var", torch.ones(self.obs_shape, dtype=torch.float64))
-        self.is_image = is_uint8 and len(self.obs_shape) == 3 and sorted(self.obs_shape)[1] >= 36
+        self.is_image = is_uint8 and len(self.obs_shape) == 3 and sorted(self.obs_shape)[1] >= 36  # the CNN's smallest
         if self.is_image:
             channels, height, width = sorted(self.obs_shape)  # which side is the height makes no difference here
             self.encoder = nn.Sequential(
@@ -282,7 +282,7 @@ class Agent(nn.Module):
         if self.is_image:
             outputs = self.actor(self.encode(torch.as_tensor(obs, device=self.obs_mean.device))).numpy(force=True)
         else:
-            outputs = self.actor.numpy(self.scale(obs).reshape(len(obs), -1))
+            outputs = self.actor.numpy(self.scale(obs).astype(np.float32).reshape(len(obs), -1))
         if self.log_std is None:
             return (outputs + rng.gumbel(size=outputs.shape)).argmax(-1)  # the Gumbel-max trick
         std = np.exp(self.log_std.numpy(force=True))
@@ -331,11 +331,13 @@ def train(args):
     if torch.cuda.is_available() and not args.cuda:
         print("A GPU is there and not used: --cuda trains on it, which pays for images.")
     envs = make_envs(args)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more threads would slow small networks down
     agent = Agent(envs, args.normalize_obs, args.log_std_init).to(device)
+    if agent.is_image:
+        torch.set_num_threads(num_threads)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
-    if not agent.is_image:
-        torch.set_num_threads(1)  # more threads slow small networks down
 
     log = RunLog(args)
 
@@ -349,7 +351,9 @@ def train(args):
     actions = np.zeros((T, N, *action_space.shape), action_dtype)
     rewards = np.zeros((T, N), np.float32)
     terminations = np.zeros((T, N), bool)
-    obs[-1], _ = envs.reset(seed=args.seed * N)  # environment i takes seed + i, so neighbouring runs share none
+    # Gymnasium seeds environment i with seed + i. So spaced, neighbouring runs share none; Atari takes 31 bits.
+    obs[-1], _ = envs.reset(seed=args.seed * N % (2**31 - N))
+    check_finite(0, observation=obs[-1])
 
     num_iterations = args.total_timesteps // (T * N)
     kl_coef, global_step, episodes = args.kl_coef, 0, []  # episodes: (return, length) of each that has ended
@@ -382,7 +386,7 @@ def train(args):
             torch.as_tensor(x[is_transition], device=device)
             for x in (obs[:-1], actions, values[:-1], advantages, advantages + values[:-1])
         )
-        explained_variance = 1 - (b_returns - b_values).var() / b_returns.var()
+        explained_variance = 1 - (b_returns - b_values).var(correction=0) / b_returns.var(correction=0)
 
         # Update the policy and the value function.
         with torch.no_grad():
@@ -476,6 +480,8 @@ def train(args):
 if __name__ == "__main__":
     try:
         train(tyro.cli(Args))
-    except (ConfigError, FloatingPointError) as error:
+    except ConfigError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        sys.exit(2)
+    except FloatingPointError as error:
+        sys.exit(f"\n{Path(__file__).name}: {error}")  # below the bar
