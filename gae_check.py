@@ -1,0 +1,814 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy>=1.26,<3", "tyro>=1,<2"]
+# ///
+"""Generalized advantage estimation (GAE): what it is, whether yours is right, and what its lambda trades.
+
+    python gae_check.py                             # prove compute_gae, and check the scripts beside this file
+    python gae_check.py path/to/file.py:function    # yours: "correct", or the name of its mistake and the cure
+    python gae_check.py --bias-variance             # measure what lambda trades, beside the exact figures
+
+Exit code 0: all is well; 1: a mistake was found; 2: the command makes no sense. Loading your file runs it.
+
+Arrays are (T, N): T steps of N environments. An episode ends by termination (it has no future) or by truncation (it
+has one, out of sight); a done is either. Two layouts are in use. Under NEXT_STEP autoreset the row after a done is the
+reset, which is no transition, and values[t + 1] is always V of the state that step t led to. Under SAME_STEP autoreset
+there is no such row, and after a done values[t + 1] is V of the next episode's first state.
+
+Read `compute_gae` first, then the formulas below it, `bias_variance`, and `MISTAKES`.
+"""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import itertools
+import json
+import re
+import runpy
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tyro.conf import Positional, UseAppendAction
+
+
+@dataclass
+class Args:
+    function: Positional[str | None] = None  # path/to/file.py:function or package.module:function, whose file is RUN
+    map: UseAppendAction[tuple[str, ...]] = ()  # theirs=ours, what a parameter means whose name is not known here
+    gamma: float = 0.99  # discount inside a function that takes none
+    gae_lambda: float = 0.95  # lambda inside a function that takes none
+    bias_variance: bool = False  # measure bias and variance over a grid of lambda on a small Markov chain
+    plot: str | None = None  # file for a picture of --bias-variance; needs matplotlib
+    json: bool = False  # print one JSON object
+    seed: int = 1  # seed of the random rollouts
+
+
+class UsageError(Exception):
+    """The command makes no sense: one line on stderr, exit code 2."""
+
+
+def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16) by its backward recursion.
+
+        A_t = delta_t + gamma lambda A_{t+1},    delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+
+    The two flags have two jobs. After a termination there is no future, so V(s_{t+1}) counts as 0. After a done,
+    by termination or truncation, A_{t+1} belongs to another episode, so the sum stops. A truncated step therefore
+    still bootstraps from V(s_{t+1}), the value of the state that it really led to, not of the reset state after it.
+
+    All arrays have the shape (T, N) or (T,), and so has the result. `advantages + values` is the lambda-return.
+    """
+    deltas = rewards + gamma * np.where(terminations, 0.0, next_values) - values
+    discounts = np.where(dones, 0.0, gamma * gae_lambda)
+    advantages, advantage = np.zeros_like(deltas), 0.0
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + discounts[t] * advantage
+    return advantages
+
+
+@dataclass
+class Rollout:
+    """What N environments did in T steps, with everything that an implementation could ask for."""
+
+    rewards: np.ndarray  # (T, N)
+    values: np.ndarray  # (T + 1, N), V of the observations in the order seen; row T: of what the last step led to
+    next_values: np.ndarray  # (T, N), V of the state that the step really led to, also where an episode ends
+    terminations: np.ndarray  # (T, N)
+    truncations: np.ndarray  # (T, N)
+    dones: np.ndarray  # (T, N)
+    resets: np.ndarray  # (T, N), rows that are no transition: an advantage means nothing there and is not compared
+    gamma: float
+    gae_lambda: float
+
+
+def make_rollout(rng, draw, ends, next_step, gamma, gae_lambda, last="any", num_steps=9, num_envs=3):
+    """Short episodes with numbers from `draw` and the given kinds of `ends`; `last` rules how the last row ends."""
+    shape = (num_steps, num_envs)
+    rewards, final_values, values = (draw(size=(rows, num_envs)) for rows in (num_steps, num_steps, num_steps + 1))
+    terminations = (rng.random(shape) < 0.25) & ("terminated" in ends)
+    truncations = (rng.random(shape) < 0.25) & ("truncated" in ends) & ~terminations
+    if last != "any":
+        terminations[-1], truncations[-1] = last == "terminated", False
+    resets = np.zeros(shape, bool)
+    for t in range(1, num_steps if next_step else 0):
+        resets[t] = terminations[t - 1] | truncations[t - 1]
+        terminations[t] &= ~resets[t]
+        truncations[t] &= ~resets[t]
+    dones = terminations | truncations
+    next_values = values[1:] if next_step else np.where(dones, final_values, values[1:])
+    values = np.concatenate([values[:-1], next_values[-1:]])
+    rewards = np.where(resets, 0.0, rewards)
+    return Rollout(rewards, values, next_values, terminations, truncations, dones, resets, gamma, gae_lambda)
+
+
+def gae(x):
+    return compute_gae(x.rewards, x.values[:-1], x.next_values, x.terminations, x.dones, x.gamma, x.gae_lambda)
+
+
+def tails(x):
+    """For every transition (t, env): the rewards (L,) from there to the end of its episode or of the rollout, and the
+    values (L + 1,) along the way. The last one is the bootstrap: V of the state led to, or 0 after a termination."""
+    for t, env in np.argwhere(~x.resets):
+        ends = np.flatnonzero(x.dones[t:, env])
+        end = t + ends[0] + 1 if len(ends) else len(x.dones)
+        bootstrap = 0.0 if x.terminations[end - 1, env] else x.next_values[end - 1, env]
+        yield (t, env), x.rewards[t:end, env], np.append(x.values[t:end, env], bootstrap)
+
+
+def definition(rewards, values, gamma, gae_lambda):
+    """A_0 = sum over k of (gamma lambda)^k delta_k,    delta_k = r_k + gamma V(s_{k+1}) - V(s_k)."""
+    deltas = rewards + gamma * values[1:] - values[:-1]
+    return sum((gamma * gae_lambda) ** k * delta for k, delta in enumerate(deltas))
+
+
+def n_step_advantage(rewards, values, gamma, n):
+    """A^(n) = r_0 + gamma r_1 + ... + gamma^(n-1) r_{n-1} + gamma^n V(s_n) - V(s_0)."""
+    return sum(gamma**k * reward for k, reward in enumerate(rewards[:n])) + gamma**n * values[n] - values[0]
+
+
+def mixture(rewards, values, gamma, gae_lambda):
+    """A_0 = (1 - lambda) [A^(1) + lambda A^(2) + ... + lambda^(L-2) A^(L-1)] + lambda^(L-1) A^(L).
+
+    In an endless episode A^(n) has the weight (1 - lambda) lambda^(n-1). After L steps nothing more is known: every
+    later A^(n) equals A^(L), and their weights add up to lambda^(L-1).
+    """
+    *shorter, longest = (n_step_advantage(rewards, values, gamma, n) for n in range(1, len(rewards) + 1))
+    weighted = (gae_lambda**k * advantage for k, advantage in enumerate(shorter))
+    return (1 - gae_lambda) * sum(weighted) + gae_lambda ** len(shorter) * longest
+
+
+def td_error(rewards, values, gamma):
+    """lambda 0: delta_0 = r_0 + gamma V(s_1) - V(s_0)."""
+    return rewards[0] + gamma * values[1] - values[0]
+
+
+def return_minus_baseline(rewards, values, gamma):
+    """lambda 1: G_0 - V(s_0), with G_k = r_k + gamma G_{k+1} and the bootstrap as G_L."""
+    return functools.reduce(lambda g, reward: reward + gamma * g, rewards[::-1], values[-1]) - values[0]
+
+
+def cut_and_mended(x, k):
+    """Advantages (T, N) from two rollouts that meet before row k. All that row t < k loses by the cut is
+    (gamma lambda)^(k-t) A_k, and nothing if its episode ends before: only a bootstrap moves with the boundary."""
+    columns = (x.rewards, x.values[:-1], x.next_values, x.terminations, x.dones)
+    early = compute_gae(*(column[:k] for column in columns), x.gamma, x.gae_lambda)
+    late = compute_gae(*(column[k:] for column in columns), x.gamma, x.gae_lambda)
+    same_episode = np.cumprod(~x.dones[:k][::-1], axis=0)[::-1]  # (k, N)
+    decay = (x.gamma * x.gae_lambda) ** np.arange(k, 0, -1)[:, None]  # (k, 1)
+    return np.concatenate([early + same_episode * decay * late[0], late])
+
+
+def identities(x):
+    """Yield (what is compared, compute_gae's number, the other formula's)."""
+    advantages, lambda_0, lambda_1 = (gae(replace(x, gae_lambda=g)) for g in (x.gae_lambda, 0.0, 1.0))
+    for at, rewards, values in tails(x):
+        discounts = x.gamma, x.gae_lambda
+        yield "definition: the sum of (gamma lambda)^k delta", advantages[at], definition(rewards, values, *discounts)
+        yield "(1 - lambda)-weighted n-step advantages", advantages[at], mixture(rewards, values, *discounts)
+        yield "lambda 0: the TD error", lambda_0[at], td_error(rewards, values, x.gamma)
+        yield "lambda 1: return minus baseline", lambda_1[at], return_minus_baseline(rewards, values, x.gamma)
+        for n in range(1, len(rewards) + 1):
+            no = np.zeros(n, bool)
+            n_steps = compute_gae(rewards[:n], values[:n], values[1 : n + 1], no, no, x.gamma, 1.0)[0]
+            yield "lambda 1 over n steps: n-step advantage", n_steps, n_step_advantage(rewards, values, x.gamma, n)
+    for k in range(1, len(advantages)):
+        yield "the rollout's boundary moved to any row", advantages, cut_and_mended(x, k)
+    disturbed = gae(replace(x, rewards=x.rewards + 100.0 * x.resets))
+    yield "reset rows reach no transition", advantages[~x.resets], disturbed[~x.resets]
+
+
+def prove(seed):
+    """The largest error of each identity over random rollouts in both layouts, with lambda from 0 to 1."""
+    rng, errors = np.random.default_rng(seed), {}
+    for next_step, gae_lambda in itertools.product((False, True), (0.0, 0.5, 0.95, 1.0)):
+        x = make_rollout(rng, rng.normal, ("terminated", "truncated"), next_step, 0.97, gae_lambda, num_steps=24)
+        for name, ours, other in identities(x):
+            errors[name] = max(errors.get(name, 0.0), float(np.abs(ours - other).max(initial=0.0)))
+    return errors
+
+
+GAMMA, NUM_STATES, CRITIC_ERROR = 0.9, 5, 2.5
+
+
+def corridor():
+    """(P, v): transition probabilities (S, S + 1), of which the last column is the end, and the true values (S,).
+
+    A walk begins in state 0 and terminates behind state S - 1. It goes one state on with probability 0.6, one back with
+    0.2 (in state 0: nowhere), nowhere with 0.2, and each step pays 1 plus unit Gaussian noise. So v = 1 + gamma P v.
+    """
+    stay, on, back = (np.eye(NUM_STATES, NUM_STATES + 1, k) for k in (0, 1, -1))
+    back[0, 0] = 1.0
+    probs = 0.2 * stay + 0.6 * on + 0.2 * back
+    return probs, np.linalg.solve(np.eye(NUM_STATES) - GAMMA * probs[:, :-1], np.ones(NUM_STATES))
+
+
+def exact_bias_and_variance(probs, true_values, gae_lambda):
+    """Of the lambda-return of the first state. With c = gamma lambda, A = delta + c A' where A' belongs to s', so
+
+        m = E[delta] + c P m                                      m(s) = E[A]
+        q = E[delta^2] + 2 c E[delta m(s')] + c^2 P q             q(s) = E[A^2]
+    """
+    c, critic = GAMMA * gae_lambda, np.append(true_values + CRITIC_ERROR, 0.0)
+    deltas = 1.0 + GAMMA * critic - critic[:-1, None]  # (S, S + 1), without the noise
+    m = np.linalg.solve(np.eye(NUM_STATES) - c * probs[:, :-1], (probs * deltas).sum(1))
+    squares = probs * (deltas**2 + 1.0 + 2 * c * deltas * np.append(m, 0.0))
+    q = np.linalg.solve(np.eye(NUM_STATES) - c**2 * probs[:, :-1], squares.sum(1))
+    return (critic[:-1] + m - true_values)[0], (q - m**2)[0]
+
+
+def bias_variance(seed, num_episodes=20_000):
+    """Squared bias and variance of the lambda-return A + V(s) as an estimate of the first state's true value v(s), for
+    each lambda: [exact, sampled, and the ends of a 95 % interval]. The critic is V = v + CRITIC_ERROR in every state.
+
+    The advantage A is the lambda-return less V(s). That is the same for all actions: it adds no variance, and its error
+    leads no policy astray. What else the critic's error does to A is what this shows. lambda 0 asks the critic after
+    one step: least noise, most error. lambda 1 waits for all the rewards and never asks it: no error, all the noise.
+    """
+    rng, (probs, true_values) = np.random.default_rng(seed), corridor()
+    cumulative = np.vstack([probs, np.eye(1, NUM_STATES + 1, NUM_STATES)]).cumsum(1)[:, :-1]  # the end stays the end
+    path = [np.zeros(num_episodes, int)]
+    while (path[-1] < NUM_STATES).any():
+        path.append((rng.random((num_episodes, 1)) >= cumulative[path[-1]]).sum(1))
+    states = np.array(path)  # (T + 1, N), an episode in each column
+    rewards = np.where(states[:-1] < NUM_STATES, rng.normal(1.0, 1.0, states[:-1].shape), 0.0)
+    values, ended = np.append(true_values + CRITIC_ERROR, 0.0)[states], states[1:] == NUM_STATES
+    rows = []
+    for gae_lambda in (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0):
+        exact = exact_bias_and_variance(probs, true_values, gae_lambda)
+        advantages = compute_gae(rewards, values[:-1], values[1:], ended, ended, GAMMA, gae_lambda)
+        errors = (advantages + values[:-1])[0] - true_values[0]
+        samples = np.stack([errors, (errors - errors.mean()) ** 2])
+        means, standard_errors = samples.mean(1), samples.std(1) / num_episodes**0.5
+        low, high = means - 1.96 * standard_errors, means + 1.96 * standard_errors
+        bias_ends = np.clip(0.0, low[0], high[0]), max(-low[0], high[0])  # the smallest and the largest |bias|
+        rows.append({
+            "lambda": gae_lambda,
+            "squared_bias": [float(bias) ** 2 for bias in (exact[0], means[0], *bias_ends)],
+            "variance": [float(variance) for variance in (exact[1], means[1], low[1], high[1])],
+            "standard_errors_off": float(max(np.abs(means - exact) / standard_errors)),
+        })
+    return rows
+
+
+def claims(rows):
+    """What the theory says of these rows, and whether it holds."""
+    bias, variance = (np.array([row[key][0] for row in rows]) for key in ("squared_bias", "variance"))
+    return {
+        "lambda 0 has the largest bias and the smallest variance": bool(bias.argmax() == variance.argmin() == 0),
+        "with lambda the bias falls and the variance grows": bool(np.diff(bias).max() < 0 < np.diff(variance).min()),
+        "lambda 1 has no bias, however wrong the critic": bool(bias[-1] < 1e-12),
+        "every sampled figure is within 5 standard errors": max(row["standard_errors_off"] for row in rows) < 5,
+    }
+
+
+def plot(rows, path):
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
+    grid = np.linspace(0.0, 1.0, 101)
+    bias, variance = np.array([exact_bias_and_variance(*corridor(), gae_lambda) for gae_lambda in grid]).T
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for key, exact, color in (("squared_bias", bias**2, "tab:blue"), ("variance", variance, "tab:orange")):
+        _, sampled, low, high = np.array([row[key] for row in rows]).T
+        axes.plot(grid, exact, color=color, label=key.replace("_", " "))
+        bars = [sampled - low, high - sampled]
+        axes.errorbar([row["lambda"] for row in rows], sampled, bars, fmt="o", ms=4, capsize=3, color=color)
+    axes.plot(grid, bias**2 + variance, "--", color="black", label="their sum, the mean squared error")
+    axes.set(xlabel="lambda", ylabel="error of the lambda-return", ylim=(0, None))
+    axes.set_title("lines: exact; points: sampled, with 95 % confidence intervals", fontsize="medium")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150, facecolor="white")
+
+
+def shift(array, by, fill):
+    """Row t takes row t + by. Outside the rollout there is zero, or it wraps round, or the last row keeps its own."""
+    moved = np.roll(array, -by, axis=0)
+    if fill != "wrap":
+        moved[-1 if by > 0 else 0] = 0
+    if fill == "own":
+        moved[-1] = array[-1]
+    return moved
+
+
+def shifted(by, *names):
+    fills = ("zero", "wrap", "own")
+    return [lambda x, fill=fill: {name: shift(getattr(x, name), by, fill) for name in names} for fill in fills]
+
+
+def with_last(array, value):
+    return np.concatenate([array[:-1], np.broadcast_to(value, array[-1:].shape)])
+
+
+def without_delta(x, rows):
+    return {"rewards": np.where(rows, x.values[:-1], x.rewards), "terminations": x.terminations | rows}
+
+
+def time_reversed(x):
+    turned = {name: getattr(x, name)[::-1] for name in ("rewards", "next_values", "terminations", "dones")}
+    return turned | {"values": np.roll(x.values[::-1], -1, axis=0), "finish": np.flipud}
+
+
+def normalised(advantages, axis=None, ddof=0):
+    return (advantages - advantages.mean(axis)) / (advantages.std(axis, ddof=ddof) + 1e-8)
+
+
+DELTA, TRACE = "delta_t = r_t + gamma V(s_{t+1}) - V(s_t)", "A_{t+1} is multiplied by gamma lambda (1 - done)"
+FLAG, REWARD = "step t takes the done flag that it returned itself", "step t takes the reward that it returned itself"
+# Name, cure, and changes of the inputs, each of which makes compute_gae return what an implementation with the mistake
+# does. "finish" is done to its output. Where several mistakes give the same numbers, the first is named.
+MISTAKES = [
+    ("truncation treated as termination", "only a termination zeroes V(s_{t+1}); a truncation just stops the sum",
+     [lambda x: {"terminations": x.dones}]),
+    ("bootstraps from V(s_t)", "bootstrap from V of the state that the step led to",
+     [lambda x: {"next_values": np.where(x.truncations, x.values[:-1], x.next_values)},
+      lambda x: {"next_values": x.values[:-1]},
+      lambda x: {"next_values": with_last(x.next_values, x.values[-2])}]),
+    ("bootstraps from the next episode's first state",
+     "after a done, values[t + 1] is another episode's: use V of the true last observation, 0 after a termination",
+     [lambda x: {"next_values": x.values[1:]},
+      lambda x: {"next_values": x.values[1:], "terminations": x.dones & False}]),
+    ("bootstraps past a termination", "V(s_{t+1}) counts as 0 after a termination, here or already in what is passed",
+     [lambda x: {"terminations": x.dones & False}]),
+    ("the sum is not cut at the end of an episode", TRACE, [lambda x: {"dones": x.dones & False}]),
+    ("the sum is not cut at a truncation", TRACE + "; truncated is done, too", [lambda x: {"dones": x.terminations}]),
+    ("done flag one step early", FLAG + ", not that of step t + 1",
+     shifted(+1, "terminations", "dones") + shifted(+1, "dones") + shifted(+1, "terminations")),
+    ("done flag one step late", FLAG + ", not that of step t - 1",
+     shifted(-1, "terminations", "dones") + shifted(-1, "dones") + shifted(-1, "terminations")),
+    ("done flag inverted", "a mask is 1 - done", [lambda x: {"terminations": ~x.terminations, "dones": ~x.dones}]),
+    ("a truncated step gets the advantage 0", "bootstrap it from V of its true last observation",
+     [lambda x: without_delta(x, x.truncations)]),
+    ("no bootstrap at the end of the rollout", "the last step needs gamma V(s_T), as a parameter or as row T of values",
+     [lambda x: {"next_values": with_last(x.next_values, 0.0)}]),
+    ("the last step's termination is ignored", "V(s_T), too, counts as 0 after a termination",
+     [lambda x: {"terminations": with_last(x.terminations, False)}]),
+    ("the last step is left out", "begin with t = T - 1",
+     [lambda x: without_delta(x, with_last(x.dones & False, True))]),
+    ("lambda missing in the trace", TRACE, [lambda x: {"gae_lambda": 1.0}]),
+    ("gamma missing in the trace", TRACE, [lambda x: {"gae_lambda": x.gae_lambda / x.gamma}]),
+    ("no trace, only the TD error", TRACE, [lambda x: {"gae_lambda": 0.0}]),
+    ("gamma and lambda swapped", DELTA, [lambda x: {"gamma": x.gae_lambda, "gae_lambda": x.gamma}]),
+    ("gamma missing in delta", DELTA, [lambda x: {"gamma": 1.0, "gae_lambda": x.gamma * x.gae_lambda}]),
+    ("lambda in delta", DELTA, [lambda x: {"gamma": x.gamma * x.gae_lambda, "gae_lambda": 1.0}]),
+    ("the baseline V(s_t) is not subtracted", DELTA, [lambda x: {"values": 0.0 * x.values}]),
+    ("gamma or lambda fixed inside", "use those that are passed",
+     [lambda x: {"gamma": 0.99}, lambda x: {"gae_lambda": 0.95}, lambda x: {"gamma": 0.99, "gae_lambda": 0.95}]),
+    ("reward one step early", REWARD, shifted(+1, "rewards")),
+    ("reward one step late", REWARD, shifted(-1, "rewards")),
+    ("advantages normalised inside", "normalise where the loss is made: the returns need them as they are",
+     [lambda x, options=(axis, ddof): {"finish": lambda advantages: normalised(advantages, *options)}
+      for axis in (None, 0) for ddof in (0, 1)]),
+    ("the sign is reversed", "an advantage is what came minus what was expected", [lambda x: {"finish": np.negative}]),
+    ("the advantages come out in reverse", "reverse what a backward loop appends", [lambda x: {"finish": np.flipud}]),
+    ("the loop runs forward", "A_t needs A_{t+1}: loop over reversed(range(T))", [time_reversed]),
+]  # fmt: skip
+
+
+def wrong_gae(x, changes):
+    finishes = []
+    for change in changes:
+        inputs = change(x)
+        finishes.append(inputs.pop("finish", np.asarray))
+        x = replace(x, **inputs)
+    return functools.reduce(lambda advantages, finish: finish(advantages), finishes, gae(x))
+
+
+def plus_values(estimate):
+    return lambda x: estimate(x) + x.values[:-1]
+
+
+def rewards_to_go(x):
+    return gae(replace(x, values=0.0 * x.values, next_values=0.0 * x.next_values, gae_lambda=1.0))
+
+
+RIGHT = {  # what a function may return
+    "advantages": gae,
+    "lambda-returns": plus_values(gae),
+    "Monte Carlo returns": plus_values(lambda x: gae(replace(x, gae_lambda=1.0))),
+    "TD targets": plus_values(lambda x: gae(replace(x, gae_lambda=0.0))),
+}
+WRONG_RETURNS = {
+    "the returns are advantages + next values": lambda x: gae(x) + x.next_values,
+    "the returns are advantages + the next row of values": lambda x: gae(x) + x.values[1:],
+    "the returns are the advantages": gae,
+    "the returns are normalised advantages + values": plus_values(lambda x: normalised(gae(x))),
+    "the returns have no bootstrap": rewards_to_go,
+    "the returns run on into the next episode": lambda x: rewards_to_go(replace(x, dones=x.dones & False)),
+}
+
+
+class Fault(Exception):
+    """Why a call of somebody's function left nothing to judge."""
+
+
+ROLES = {  # what a parameter can mean: the names by which it is known
+    "rewards": "reward rewards rew rews r rs",
+    "values": "value values val vals v vs v_s value_pred value_preds vpred baselines state_value state_values",
+    "next_values": "next_values next_vals next_v v_next v_prime v_s_ next_state_value next_state_values final_values",
+    "bootstrap": "next_value next_val nextvpred last_value last_values last_val last_v bootstrap bootstrap_value",
+    "terminations": "termination terminations terminated terminateds terminal terminals term terms",
+    "truncations": "truncation truncations truncated truncateds trunc truncs timeout timeouts time_out time_outs",
+    "dones": "done dones d ds end ends end_flag end_flags",
+    "masks": "mask masks done_mask not_done not_dones non_terminal non_terminals nonterminals",  # 1 - done
+    "bad_masks": "bad_mask bad_masks",  # 1 - truncation
+    "episode_starts": "episode_start episode_starts starts first firsts is_first new news",
+    "last_done": "next_done last_done last_dones",  # beside it, dones[t] says that s_t begins an episode
+    "discounts": "discounts discount_t",  # gamma (1 - done)
+    "gamma": "gamma g discount discount_factor",
+    "gae_lambda": "lam lambda lambd lamda lmbda gae_lambda gae_lam td_lambda lambda_coefficient tau l",
+}
+ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
+OR_ELSE = {"bootstrap": "next_values", "next_values": "bootstrap", "dones": "terminations"}
+DISCOUNTS = (0.9, 0.7), (0.6, 0.8), (0.99, 0.95)  # (gamma, lambda)
+FLAGS = {"terminations", "discounts"}, {"dones", "masks", "episode_starts"}, {"truncations", "bad_masks"}
+
+
+def readings(function, given):
+    """Every {parameter: role} that the names of the parameters allow, the likeliest first."""
+    try:
+        parameters, roles = inspect.signature(function).parameters, {}
+    except (TypeError, ValueError):
+        raise UsageError("its parameters have no names: wrap it in a function of yours") from None
+    for name, role in given.items():
+        if name not in parameters or role not in ROLES:
+            raise UsageError(f"--map {name}={role}: parameters: {', '.join(parameters)}; roles: {', '.join(ROLES)}")
+    for name, parameter in parameters.items():
+        core = re.sub(r"^(batch|b|mb|traj)_|(_list|_arr|_array|_batch|_buf|_buffer|_tensor|_t|_)$", "", name.lower())
+        if role := given.get(name) or ROLE_OF.get(name.lower()) or ROLE_OF.get(core):
+            roles[name] = role
+        elif parameter.default is parameter.empty and "VAR" not in parameter.kind.name:
+            raise UsageError(f"what does its parameter {name} mean? --map {name}=ROLE; roles: {', '.join(ROLES)}")
+    for role in ("rewards", "values"):
+        if role not in roles.values():
+            raise UsageError(f"which of its parameters are the {role}? --map PARAMETER={role}: {', '.join(parameters)}")
+    # CleanRL and Stable-Baselines3 store a done with the observation after it, and the last one apart.
+    apart = {"last_done": "episode_starts", "episode_starts": "last_done"}
+    for other in set(apart) & set(roles.values()):
+        roles = {n: apart[other] if role == "dones" and n not in given else role for n, role in roles.items()}
+    choices = [[role] if name in given else [role, OR_ELSE.get(role, role)] for name, role in roles.items()]
+    found = [choice for choice in dict.fromkeys(itertools.product(*choices)) if len(set(choice)) == len(choice)]
+    if not found:
+        raise UsageError(f"two of its parameters seem to mean the same, say --map for one: {roles}")
+    return [dict(zip(roles, choice, strict=True)) for choice in found]
+
+
+@dataclass
+class Call:
+    """One way to call somebody's function, the rollouts to judge it on, and what it returned for them."""
+
+    function: Callable
+    roles: dict[str, str]  # parameter -> what it means
+    layout: str
+    long_values: bool  # T + 1 rows
+    long_flags: bool  # T + 1 rows, of which row t + 1 is about step t
+    container: str
+    bool_flags: bool
+    wide_bootstrap: bool  # (1, N) instead of (N,)
+    rollouts: list[Rollout] = field(default_factory=list)
+    outputs: list[list[np.ndarray]] = field(default_factory=list)
+
+    def __post_init__(self):
+        """What the parameters let the function know. It may be judged on nothing else."""
+        self.has = set(self.roles.values())
+        told = [bool(self.has & names) for names in FLAGS]
+        if sum(told) > 1:
+            self.ends = ["terminated", "truncated"]
+        else:  # one flag cannot tell them apart, and is right for one of them at most
+            self.ends = ["truncated"] if told[2] else ["terminated"] if any(told) else []
+        # Without next_values, V of a truncated episode's last observation is known from the reset row alone.
+        sees_next = "next_values" in self.has
+        self.same_step_ends = [end for end in self.ends if sees_next or end == "terminated"]
+        no_bootstrap = not self.long_values and not self.has & {"bootstrap", "next_values"}
+        no_last_done = "episode_starts" in self.has and "last_done" not in self.has and not self.long_flags
+        self.last = "terminated" if no_bootstrap and not self.ends else "running" if no_last_done else "any"
+
+    def rollout(self, args, rng, draw, next_step, gamma=0.5, gae_lambda=0.8, **size):
+        gamma = gamma if self.has & {"gamma", "discounts"} else args.gamma
+        gae_lambda = gae_lambda if "gae_lambda" in self.has else args.gae_lambda
+        ends = self.ends if next_step else self.same_step_ends
+        return make_rollout(rng, draw, ends, next_step, gamma, gae_lambda, self.last, **size)
+
+    def arguments(self, x, env):
+        """The arguments for one environment of a rollout, or for a slice of them."""
+        flags = np.stack([x.terminations, x.truncations, x.dones])  # (3, T, N)
+        flags_after = np.concatenate([np.zeros_like(flags[:, :1]), flags], axis=1)  # (3, T + 1, N)
+        terminations, truncations, dones = flags_after if self.long_flags else flags
+        starts = flags_after[2]
+        meaning = {
+            "rewards": x.rewards, "values": x.values if self.long_values else x.values[:-1],
+            "next_values": x.next_values, "bootstrap": x.values[-1],
+            "terminations": terminations, "truncations": truncations, "dones": dones,
+            "masks": ~dones, "bad_masks": ~truncations, "discounts": x.gamma * ~terminations,
+            "episode_starts": starts if self.long_flags else starts[:-1], "last_done": starts[-1],
+            "gamma": x.gamma, "gae_lambda": x.gae_lambda,
+        }  # fmt: skip
+        return {name: self.packed(meaning[role], role, env) for name, role in self.roles.items()}
+
+    def packed(self, array, role, env):
+        if not isinstance(array, np.ndarray):
+            return array
+        array, is_row = np.array(array[..., env]), role in ("bootstrap", "last_done")
+        if array.dtype == bool and not self.bool_flags:
+            array = array.astype(float)
+        if is_row and self.wide_bootstrap:
+            array = array[None]
+        if self.layout == "(N, T)":
+            array = array.T
+        if "tensors" in self.container:
+            torch = importlib.import_module("torch")
+            array = torch.as_tensor(array, dtype=torch.bool if array.dtype == bool else torch.float32)
+        elif array.ndim == 0 or (array.ndim == 1 and self.container == "lists" and not is_row):
+            return array.tolist()
+        return list(array) if "lists" in self.container and not is_row else array
+
+    def __call__(self, x):
+        """One or two arrays (T, N), or a Fault."""
+        columns = []
+        for env in range(x.rewards.shape[1]) if self.layout == "(T,)" else [slice(None)]:
+            resets = x.resets[..., env].T if self.layout == "(N, T)" else x.resets[..., env]
+            try:
+                result = self.function(**self.arguments(x, env))
+                is_pair = isinstance(result, (tuple, list)) and np.shape(result[0]) == resets.shape and len(result) == 2
+                columns.append([to_numpy(part) for part in (result if is_pair else [result])])
+            except Exception as error:
+                frames = traceback.extract_tb(error.__traceback__)
+                where = [f" in line {frame.lineno}" for frame in frames if frame.filename != main.__code__.co_filename]
+                raise Fault(f"it raises {type(error).__name__}{''.join(where[:1])}: {error}") from None
+            for part in columns[-1]:
+                if part.shape != resets.shape:
+                    raise Fault(f"it returns the shape {part.shape} for rewards of the shape {resets.shape}")
+                if not np.isfinite(part[~resets]).all():
+                    raise Fault("it returns numbers that are not finite")
+        if self.layout == "(T,)":
+            return [np.stack(parts, axis=1) for parts in zip(*columns, strict=True)]
+        return [part.T if self.layout == "(N, T)" else part for part in columns[0]]
+
+    def __str__(self):
+        names = []
+        for name, role in self.roles.items():
+            is_long = self.long_values if role == "values" else self.long_flags and role in set().union(*FLAGS)
+            names.append(name + f" ({role})" * (name != role) + " of T + 1 rows" * is_long)
+        return f"{self.container} {self.layout}: {', '.join(names)}"
+
+    def is_explained(self, i, estimate):
+        """Whether output i is this estimate on every rollout."""
+        return all(agree(x, estimate(x), outputs[i]) for x, outputs in zip(self.rollouts, self.outputs, strict=True))
+
+    def labels(self):
+        """What each output rightly is, or None."""
+        outputs = range(len(self.outputs[0]))
+        return [next((label for label in RIGHT if self.is_explained(i, RIGHT[label])), None) for i in outputs]
+
+
+def to_numpy(data):
+    """Floats from an array, a tensor, a number, or a list of those."""
+    if isinstance(data, (list, tuple)):
+        return np.array([to_numpy(row) for row in data])
+    return np.asarray(data.detach().cpu() if hasattr(data, "detach") else data, dtype=float)
+
+
+def agree(x, expected, got):
+    """Whether they are equal, up to float32, wherever there was a transition."""
+    expected, got = expected[~x.resets], got[~x.resets]
+    return np.abs(expected - got).max(initial=0.0) <= 1e-4 * (1.0 + np.abs(expected).max(initial=0.0))
+
+
+def calls_that_run(function, given, args, faults):
+    """For every reading of the parameters and every layout: the first way to call the function that works."""
+    plain, tensors = ("NumPy arrays", "lists"), ("tensors", "lists of tensors")
+    uses_torch = "torch" in getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
+    ran = False
+    for containers in (tensors, plain) if uses_torch else (plain, tensors):
+        for roles, layout in itertools.product(readings(function, given), ("(T, N)", "(T,)", "(N, T)")):
+            has = set(roles.values())
+            long_values = (False, True) if has & {"bootstrap", "next_values"} else (True, False)
+            long_flags = (True, False) if "episode_starts" in has and "last_done" not in has else (False, True)
+            for form in itertools.product(long_values, long_flags, containers, (False, True), (False, True)):
+                call, rng = Call(function, roles, layout, *form), np.random.default_rng(args.seed)
+                try:
+                    for discounts, next_step in itertools.product(DISCOUNTS, (False, True)):
+                        call.rollouts.append(call.rollout(args, rng, rng.normal, next_step, *discounts))
+                        call.outputs.append(call(call.rollouts[-1]))
+                except Fault as fault:
+                    faults.append((str(fault), str(call)))
+                else:
+                    ran = True
+                    yield call
+                    break
+        if ran:
+            break
+
+
+def blame(call, num_mistakes):
+    """(mistake, cure, output, what it should be) if so many mistakes at once give the numbers returned, else None."""
+    labels = call.labels()
+    if "advantages" in labels:
+        i = 1 - labels.index("advantages")
+        names = [name for name, estimate in WRONG_RETURNS.items() if call.is_explained(i, estimate)]
+        return (names[0], "returns = advantages + values", i, "lambda-returns") if names else None
+    if None not in labels:
+        return f"{labels[0]} are returned for advantages", "subtract the values", 0, "advantages"
+    i, single = labels.index(None), [(name, cure, change) for name, cure, changes in MISTAKES for change in changes]
+    # A function that cannot know V of the true successor may take the next row's, and err with that.
+    knows_all = "next_values" in call.has and len(call.ends) == 2
+    views = [[]] if knows_all else [[], [lambda x: {"next_values": x.values[1:]}]]
+    for view, mistakes in itertools.product(views, itertools.combinations(single, num_mistakes)):
+        names, cures, changes = zip(*mistakes, strict=True)
+        wrong = functools.partial(wrong_gae, changes=[*view, *changes])
+        for right, estimate in (("advantages", wrong), ("lambda-returns", plus_values(wrong))):
+            if len(set(names)) == num_mistakes and call.is_explained(i, estimate):
+                return " and ".join(names), "; ".join(dict.fromkeys(cures)), i, right
+    return None
+
+
+def smallest(call, i, right, args):
+    """(rollout, expected, got) where output i is wrong: the shortest one of small numbers, with the fewest dones."""
+    rng = np.random.default_rng(args.seed)
+    for num_steps, num_envs in itertools.product(range(1, 8), (1,) if call.layout == "(T,)" else (1, 2)):
+        cases = []
+        for next_step in [False, True] * 20:
+            whole = functools.partial(rng.choice, np.arange(1.0, 10.0))
+            x = call.rollout(args, rng, whole, next_step, num_steps=num_steps, num_envs=num_envs)
+            with contextlib.suppress(Fault):
+                cases.append((x, RIGHT[right](x), call(x)[i]))
+        if wrong := [case for case in cases if not agree(*case)]:
+            return min(wrong, key=lambda case: case[0].dones.sum())
+    cases = ((x, RIGHT[right](x), outputs[i]) for x, outputs in zip(call.rollouts, call.outputs, strict=True))
+    return next(case for case in cases if not agree(*case))
+
+
+def remarks(call, args):
+    """What a correct function returns, what it cannot know, and what it does not stand."""
+    labels, rng = call.labels(), np.random.default_rng(args.seed)
+    x = call.rollout(args, rng, rng.normal, False)
+    env = 0 if call.layout == "(T,)" else slice(None)
+    arguments, untouched = call.arguments(x, env), call.arguments(x, env)
+    call.function(**arguments)
+    written = [name for name in arguments if repr(arguments[name]) != repr(untouched[name])]
+    nan = np.where(x.terminations, np.nan, x.next_values)
+    hard = {
+        "lambda 0": replace(x, gae_lambda=0.0) if "gae_lambda" in call.has else x,
+        "lambda 1": replace(x, gae_lambda=1.0) if "gae_lambda" in call.has else x,
+        "integer rewards": replace(x, rewards=np.rint(4.0 * x.rewards).astype(int)),
+        "a step both terminated and truncated": replace(x, truncations=x.dones) if len(call.ends) == 2 else x,
+        "NaN as V(s_{t+1}) of a terminated step": replace(x, next_values=nan, values=with_last(x.values, nan[-1])),
+    }
+    fails = list(hard)
+    for name, x in hard.items():
+        with contextlib.suppress(Fault):
+            if agree(x, RIGHT[labels[0]](x), call(x)[0]):
+                fails.remove(name)
+    notes = [
+        (f"it returns {', '.join(labels)}", labels not in (["advantages"], ["advantages", "lambda-returns"])),
+        ("its one flag cannot tell truncation from termination: add gamma V(s_{t+1}) to the reward of a truncated step "
+         "before the call, or let it take both flags", call.ends == ["terminated"]),
+        ("its one flag cannot tell termination from truncation: it knows no termination", call.ends == ["truncated"]),
+        ("without a done flag it is right within one episode, V(s_T) being 0 if that terminated", not call.ends),
+        ("without V(s_T) it is right for an episode that terminates, and for no other", call.last == "terminated"),
+        ("V(s_{t+1}) from the next row of values is right under NEXT_STEP autoreset; under SAME_STEP, a truncated step "
+         "needs next_values", call.ends != call.same_step_ends),
+        (f"it takes no gamma: {args.gamma} is expected inside (--gamma)", not call.has & {"gamma", "discounts"}),
+        (f"it takes no lambda: {args.gae_lambda} is expected inside (--gae-lambda)", "gae_lambda" not in call.has),
+        (f"it writes to its input {', '.join(written)}", written),
+        (f"it goes wrong with {'; '.join(fails)}", fails),
+    ]  # fmt: skip
+    return [note for note, holds in notes if holds]
+
+
+def judge(function, name, given, args):
+    """The verdict on a function, as the dict that --json prints."""
+    report = {"function": name, "verdict": "correct", "mistake": None, "cure": None, "t": None, "env": None}
+    report |= {"expected": None, "got": None, "rollout": None, "called_with": None, "notes": []}
+    faults, wrong = [], []
+    for call in calls_that_run(function, given, args, faults):
+        labels = call.labels()
+        only_returns = labels == ["lambda-returns"] and "adv" not in name.rpartition(":")[2].lower()
+        if only_returns or ("advantages" in labels and None not in labels and len(set(labels)) == len(labels)):
+            silent = [f"on {other.layout} it is wrong without an error" for other in wrong if other.roles == call.roles]
+            return report | {"called_with": str(call), "notes": remarks(call, args) + silent}
+        wrong.append(call)
+    if not wrong:
+        return report | {"verdict": "error", "mistake": faults[0][0], "called_with": faults[0][1]}
+    for num_mistakes, call in itertools.product((1, 2), wrong):
+        if blamed := blame(call, num_mistakes):
+            mistake, cure, i, right = blamed
+            break
+    else:
+        call, labels = wrong[0], wrong[0].labels()
+        right = "lambda-returns" if "advantages" in labels else "advantages"
+        mistake, cure, i = f"no formula known here gives its {right.split('-')[-1]}", None, labels.index(None)
+    x, expected, got = smallest(call, i, right, args)
+    t, env = np.argwhere(~np.isclose(got, expected, 1e-4, 1e-4) & ~x.resets)[0].tolist()
+    rollout = vars(x) | {"expected": expected, "got": got}
+    return report | {
+        "verdict": "mistake" if cure else "unknown mistake", "mistake": mistake, "cure": cure, "t": t, "env": env,
+        "expected": float(expected[t, env]), "got": float(got[t, env]), "called_with": str(call),
+        "rollout": {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in rollout.items()},
+    }  # fmt: skip
+
+
+def describe(report):
+    lines = [": ".join(filter(None, [report["function"], report["verdict"], report["mistake"]]))]
+    if x := report["rollout"]:
+        lines += ["  first at t = {t}, env = {env}: expected {expected:.6g}, got {got:.6g}".format(**report)]
+        if report["cure"]:
+            lines += [f"  cure: {report['cure']}"]
+        lines += ["  the smallest rollout that shows it, with gamma {gamma} and lambda {gae_lambda}:".format(**x)]
+        lines += ["    t env    reward     value  next value  expected       got"]
+        for t, env in np.ndindex(np.shape(x["rewards"])):
+            numbers = [x[key][t][env] for key in ("rewards", "values", "next_values", "expected", "got")]
+            ends = {"terminations": "terminated", "truncations": "truncated", "resets": "reset row"}
+            end = "".join(word for key, word in ends.items() if x[key][t][env])
+            lines += ["    {} {:3}{:10.5g}{:10.5g}{:12.5g}{:10.5g}{:10.5g}  {}".format(t, env, *numbers, end).rstrip()]
+    lines += [f"  called with {report['called_with']}", *(f"  note: {note}" for note in report["notes"])]
+    return "\n".join(lines)
+
+
+def load(target):
+    """The function that path/to/file.py:function or package.module:function names. The file is run to find it."""
+    place, _, name = target.rpartition(":")
+    is_file, argv = place.endswith(".py"), sys.argv
+    if not place or (is_file and not Path(place).is_file()):
+        raise UsageError(f"no file {place}" if place else f"{target}: write path/to/file.py:function")
+    sys.path.insert(0, str(Path(place).resolve().parent) if is_file else "")
+    sys.argv = [place]
+    try:
+        names = runpy.run_path(place, run_name="checked_file") if is_file else vars(importlib.import_module(place))
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{place}: loading it raises {type(error).__name__}: {error}") from None
+    finally:
+        sys.argv = argv
+    if not callable(names.get(name)):
+        raise UsageError(f"{place} has no function {name}")
+    return names[name]
+
+
+def check_function(args):
+    given = dict(pair.partition("=")[::2] for pair in args.map)
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():  # what the file prints is not our answer
+        warnings.simplefilter("ignore")
+        report = judge(load(args.function), args.function, given, args)
+    return report["verdict"] == "correct", report, describe(report)
+
+
+def check_bias_variance(args):
+    rows = bias_variance(args.seed)
+    held = claims(rows)
+    if args.plot:
+        plot(rows, args.plot)
+    lines = [
+        f"The lambda-return as an estimate of v(s): {NUM_STATES} states, gamma {GAMMA}, V = v + {CRITIC_ERROR}.\n",
+        "lambda  squared bias  sampled [95 % interval]    variance  sampled [95 % interval]         sum",
+    ]
+    for row in rows:
+        bias, variance = ("{:8.4f}  {:8.4f} [{:.4f}, {:.4f}]".format(*row[key]) for key in ("squared_bias", "variance"))
+        total = row["squared_bias"][0] + row["variance"][0]
+        lines += [f"{row['lambda']:6.2f}      {bias}{variance:>38}{total:12.4f}"]
+    lines += ["", *(f"{'yes' if holds else 'NO':3}  {claim}" for claim, holds in held.items())]
+    return all(held.values()), {"rows": rows, "claims": held}, "\n".join(lines)
+
+
+def check_scripts(args):
+    errors, reports = prove(args.seed), []
+    for path in (Path(__file__).with_name(name) for name in ("ppo.py", "a2c.py", "a3c.py")):
+        if path.is_file():  # only the function's text is run: the script may need packages that are not installed
+            names = {"np": np}
+            exec("".join(re.findall(r"^def compute_gae.*?(?=^\S|\Z)", path.read_text(), re.M | re.S)), names)
+            if "compute_gae" not in names:
+                raise UsageError(f"{path} has no compute_gae")
+            reports.append(judge(names["compute_gae"], f"{path.name}:compute_gae", {}, args))
+    lines = [f"{'compute_gae against':45}  largest error"]
+    lines += [f"{name:45}  {error:13.1e}" for name, error in errors.items()]
+    right = max(errors.values()) < 1e-10
+    for report in reports:
+        is_correct = report["verdict"] == "correct"
+        lines += [f"{report['function']}: correct" if is_correct else describe(report)]
+        right = right and is_correct
+    return right, {"errors": errors, "scripts": reports}, "\n".join(lines)
+
+
+def main(argv=None):
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    try:
+        lonely = (args.map and not args.function) or (args.plot and not args.bias_variance)
+        if lonely or (args.function and args.bias_variance):
+            raise UsageError("--map goes with a function, --plot with --bias-variance, and those two not together")
+        check = check_function if args.function else check_bias_variance if args.bias_variance else check_scripts
+        right, report, text = check(args)
+    except UsageError as error:
+        print(f"gae_check.py: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report) if args.json else text)
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
