@@ -385,9 +385,8 @@ def losses(
 
     The defaults of the losses not asked for are 0. Advantages are left as they are, unless norm_adv says otherwise.
     """
-    args = ppo.Args(
-        **{"norm_adv": False, "kl_coef": 1.0 if kl_coef > 0 else 0.0, **flags}
-    )  # it starts kl_coef, no more
+    initial_kl_coef = 1.0 if kl_coef > 0 else 0.0
+    args = ppo.Args(**{"norm_adv": False, "kl_coef": initial_kl_coef, **flags})
     ratio, new_values, old_logprobs = (
         torch.as_tensor(x, dtype=torch.float64) for x in (ratio, new_values, old_logprobs)
     )
@@ -546,7 +545,7 @@ def test_the_value_of_reward_1_goes_on_after_a_time_limit_and_stops_at_a_termina
     )
     with torch.no_grad():
         values = agent.get_value(torch.eye(4))
-    assert_close(values, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=0.3)
+    assert_close(values, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=0.05)
 
 
 def test_the_last_value_bootstraps_and_each_next_value_is_the_value_of_the_next_row(run, monkeypatch):
@@ -719,7 +718,7 @@ def test_an_infinite_clip_coef_trains_and_clips_nothing(run):
     flags = {"learning_rate": 0.1, "update_epochs": 10, "clip_vloss": True}
     clipfracs = [column(run(env_id, clip_coef=c, **flags)[1], "clipfrac") for c in (math.inf, 0.01)]
     assert max(clipfracs[0]) == 0
-    assert min(clipfracs[1]) > 0
+    assert max(clipfracs[1]) > 0
 
 
 # The log.
@@ -735,6 +734,13 @@ def test_metrics_csv_has_its_columns_and_args_json_the_arguments(tmp_path):
         *("global_step", "wall_time", "sps", "episodes", "episodic_return", "episodic_length", "policy_loss"),
         *("value_loss", "entropy", "learning_rate", "approx_kl", "clipfrac", "explained_variance"),
     }
+
+
+def test_a_row_is_on_disk_as_soon_as_its_iteration_ends(tmp_path):
+    run_dir, num_rows = tmp_path / "run", []
+    env_id = register(lambda: Clock(on_action=lambda action: num_rows.append(len(read_rows(run_dir)))))
+    ppo.train(ppo.Args(**{**SMALL, "num_envs": 1, "total_timesteps": 24}, env_id=env_id, run_dir=str(run_dir)))
+    assert num_rows == [0] * 8 + [1] * 8 + [2] * 8
 
 
 @pytest.mark.parametrize("flags", [{}, {"normalize_reward": True, "clip_reward": 0.1}], ids=["raw", "normalized"])
