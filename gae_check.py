@@ -47,7 +47,7 @@ class Args:
     bias_variance: bool = False  # measure bias and variance over a grid of lambda on a small Markov chain
     plot: str | None = None  # file for a picture of --bias-variance; needs matplotlib
     json: bool = False  # print one JSON object
-    seed: int = 1  # seed of the random rollouts
+    seed: int = 1  # seed of the random rollouts and episodes
 
 
 class UsageError(Exception):
@@ -66,10 +66,9 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
     All arrays have the shape (T, N) or (T,), and so has the result. `advantages + values` is the lambda-return.
     """
     deltas = rewards + gamma * np.where(terminations, 0.0, next_values) - values
-    discounts = np.where(dones, 0.0, gamma * gae_lambda)
     advantages, advantage = np.zeros_like(deltas), 0.0
     for t in reversed(range(len(deltas))):
-        advantages[t] = advantage = deltas[t] + discounts[t] * advantage
+        advantages[t] = advantage = deltas[t] + np.where(dones[t], 0.0, gamma * gae_lambda * advantage)
     return advantages
 
 
@@ -323,7 +322,8 @@ def normalised(advantages, axis=None, ddof=0):
 DELTA, TRACE = "delta_t = r_t + gamma V(s_{t+1}) - V(s_t)", "A_{t+1} is multiplied by gamma lambda (1 - done)"
 FLAG, REWARD = "step t takes the done flag that it returned itself", "step t takes the reward that it returned itself"
 # Name, cure, and changes of the inputs, each of which makes compute_gae return what an implementation with the mistake
-# does. "finish" is done to its output. Where several mistakes give the same numbers, the first is named.
+# does: "trace" is the factor gamma lambda, apart from the gamma in delta, and "finish" is done to the output. Where
+# several mistakes give the same numbers, the first is named.
 MISTAKES = [
     ("truncation treated as termination", "only a termination zeroes V(s_{t+1}); a truncation just stops the sum",
      [lambda x: {"terminations": x.dones}]),
@@ -352,15 +352,17 @@ MISTAKES = [
      [lambda x: {"terminations": with_last(x.terminations, False)}]),
     ("the last step is left out", "begin with t = T - 1",
      [lambda x: without_delta(x, with_last(x.dones & False, True))]),
-    ("lambda missing in the trace", TRACE, [lambda x: {"gae_lambda": 1.0}]),
-    ("gamma missing in the trace", TRACE, [lambda x: {"gae_lambda": x.gae_lambda / x.gamma}]),
-    ("no trace, only the TD error", TRACE, [lambda x: {"gae_lambda": 0.0}]),
-    ("gamma and lambda swapped", DELTA, [lambda x: {"gamma": x.gae_lambda, "gae_lambda": x.gamma}]),
-    ("gamma missing in delta", DELTA, [lambda x: {"gamma": 1.0, "gae_lambda": x.gamma * x.gae_lambda}]),
-    ("lambda in delta", DELTA, [lambda x: {"gamma": x.gamma * x.gae_lambda, "gae_lambda": 1.0}]),
-    ("the baseline V(s_t) is not subtracted", DELTA, [lambda x: {"values": 0.0 * x.values}]),
+    ("lambda missing in the trace", TRACE, [lambda x: {"trace": x.gamma}]),
+    ("gamma missing in the trace", TRACE, [lambda x: {"trace": x.gae_lambda}]),
+    ("gamma and lambda missing in the trace", TRACE, [lambda x: {"trace": 1.0}]),
+    ("no trace, only the TD error", TRACE, [lambda x: {"trace": 0.0}]),
     ("gamma or lambda fixed inside", "use those that are passed",
-     [lambda x: {"gamma": 0.99}, lambda x: {"gae_lambda": 0.95}, lambda x: {"gamma": 0.99, "gae_lambda": 0.95}]),
+     [lambda x: {"gamma": 0.99, "trace": 0.99 * x.gae_lambda}, lambda x: {"trace": x.gamma * 0.95},
+      lambda x: {"gamma": 0.99, "trace": 0.99 * 0.95}]),
+    ("gamma and lambda swapped", DELTA, [lambda x: {"gamma": x.gae_lambda}]),
+    ("gamma missing in delta", DELTA, [lambda x: {"gamma": 1.0}]),
+    ("lambda in delta", DELTA, [lambda x: {"gamma": x.gamma * x.gae_lambda}]),
+    ("the baseline V(s_t) is not subtracted", DELTA, [lambda x: {"values": 0.0 * x.values}]),
     ("reward one step early", REWARD, shifted(+1, "rewards")),
     ("reward one step late", REWARD, shifted(-1, "rewards")),
     ("advantages normalised inside", "normalise where the loss is made: the returns need them as they are",
@@ -373,12 +375,14 @@ MISTAKES = [
 
 
 def wrong_gae(x, changes):
-    finishes = []
+    trace, finishes = x.gamma * x.gae_lambda, []
     for change in changes:
         inputs = change(x)
+        trace = inputs.pop("trace", trace)
         finishes.append(inputs.pop("finish", np.asarray))
         x = replace(x, **inputs)
-    return functools.reduce(lambda advantages, finish: finish(advantages), finishes, gae(x))
+    advantages = gae(replace(x, gae_lambda=trace / x.gamma))
+    return functools.reduce(lambda result, finish: finish(result), finishes, advantages)
 
 
 def plus_values(estimate):
@@ -406,7 +410,7 @@ WRONG_RETURNS = {
 
 
 class Fault(Exception):
-    """Why a call of somebody's function left nothing to judge."""
+    """Why a call of the user's function left nothing to judge."""
 
 
 ROLES = {  # what a parameter can mean: the names by which it is known
@@ -462,7 +466,7 @@ def readings(function, given):
 
 @dataclass
 class Call:
-    """One way to call somebody's function, the rollouts to judge it on, and what it returned for them."""
+    """One way to call the user's function, the rollouts that it is judged on, and what it returned for them."""
 
     function: Callable
     roles: dict[str, str]  # parameter -> what it means
@@ -476,7 +480,7 @@ class Call:
     outputs: list[list[np.ndarray]] = field(default_factory=list)
 
     def __post_init__(self):
-        """What the parameters let the function know. It may be judged on nothing else."""
+        """What its parameters let the function know, which is all that it may be judged on."""
         self.has = set(self.roles.values())
         told = [bool(self.has & names) for names in FLAGS]
         if sum(told) > 1:
@@ -584,7 +588,7 @@ def agree(x, expected, got):
 def calls_that_run(function, given, args, faults):
     """For every reading of the parameters and every layout: the first way to call the function that works."""
     plain, tensors = ("NumPy arrays", "lists"), ("tensors", "lists of tensors")
-    uses_torch = "torch" in getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
+    uses_torch = "torch" in getattr(getattr(function, "__code__", None), "co_names", ())
     ran = False
     for containers in (tensors, plain) if uses_torch else (plain, tensors):
         for roles, layout in itertools.product(readings(function, given), ("(T, N)", "(T,)", "(N, T)")):
@@ -646,7 +650,7 @@ def smallest(call, i, right, args):
 
 
 def remarks(call, args):
-    """What a correct function returns, what it cannot know, and what it does not stand."""
+    """What a correct function returns, what it cannot know, and what it cannot take."""
     labels, rng = call.labels(), np.random.default_rng(args.seed)
     x = call.rollout(args, rng, rng.normal, False)
     env = 0 if call.layout == "(T,)" else slice(None)

@@ -39,13 +39,13 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     seed: int = 1  # seed of the environments, the initial weights, the actions and the minibatches
-    total_timesteps: int = 200_000  # environment steps in all, summed over the N environments
+    total_timesteps: int = 200_000  # steps of all environments together, rounded down to whole rollouts
     num_envs: int = 64  # N, environments that step together
     num_steps: int = 32  # T, steps of each environment in a rollout
     vectorization_mode: Literal["sync", "async", "native"] | None = None  # None: native where there is one, else sync
     normalize_obs: bool = False  # standardize observations by their running mean and variance, and clip them to +-10
-    normalize_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
-    clip_reward: float | None = None  # bound on |reward|, after any normalization
+    normalize_reward: bool = False  # as Gymnasium's NormalizeReward does; its first rewards are large, so bound them
+    clip_reward: float | None = None  # bound on |reward|, after any normalization: 10 goes with it, 1 with Atari
     log_std_init: float = 0.0  # initial log standard deviation of continuous actions
 
     learning_rate: float = 3e-3  # step size of Adam
@@ -58,7 +58,7 @@ class Args:
     norm_adv: bool = True  # standardize the advantages of each minibatch
     clip_coef: float = 0.2  # epsilon of the clipped objective; inf turns the clip off
     clip_vloss: bool = False  # clip the change of the value by clip_coef, too
-    vf_coef: float = 0.5  # c_1, weight of the value loss
+    vf_coef: float = 0.5  # weight of the value loss, half the mean squared error; c_1 is half of it
     ent_coef: float = 0.0  # c_2, weight of the entropy bonus
     kl_coef: float = 0.0  # initial beta of the KL penalty; 0 turns the penalty off
     target_kl: float | None = None  # KL that beta adapts to; without a penalty, the KL that ends an update early
@@ -83,7 +83,7 @@ def check_args(args):
     rules = {
         "--seed must be from 0 to 2147483647": 0 <= args.seed < 2**31,
         "--num-envs must be at least 1": args.num_envs >= 1,
-        "--num-steps must be at least 2": args.num_steps >= 2,
+        "--num-steps must be at least 2, or 4 with one environment": args.num_steps >= (2 if args.num_envs > 1 else 4),
         f"--total-timesteps must be at least num_envs * num_steps = {batch_size}": args.total_timesteps >= batch_size,
         "--clip-reward must be above 0": args.clip_reward is None or args.clip_reward > 0,
         "--log-std-init must be from -20 to 20": -20 <= args.log_std_init <= 20,
@@ -122,10 +122,11 @@ def make_envs(args):
     clipped to their bounds here, on their way into the environment, and nowhere else.
     """
     mode = "vector_entry_point" if args.vectorization_mode == "native" else args.vectorization_mode
-    is_atari = args.env_id.startswith("ALE/")
+    env_id = args.env_id.removeprefix("ale_py:")
+    is_atari = env_id.startswith("ALE/")
     kwargs = {"reward_clipping": False} if is_atari and mode in (None, "vector_entry_point") else {}
     try:
-        envs = gym.make_vec(f"ale_py:{args.env_id}" if is_atari else args.env_id, args.num_envs, mode, **kwargs)
+        envs = gym.make_vec(f"ale_py:{env_id}" if is_atari else env_id, args.num_envs, mode, **kwargs)
     except (gym.error.Error, ImportError) as error:
         hint = " (pip install ale-py)" if is_atari and isinstance(error, ImportError) else ""
         raise ConfigError(f"--env-id {args.env_id}: {' '.join(str(error).split())}{hint}") from error
@@ -133,8 +134,8 @@ def make_envs(args):
     autoreset_mode = envs.metadata.get("autoreset_mode")
     if not isinstance(obs_space, Box):
         raise ConfigError(f"--env-id {args.env_id}: observations must be a Box, not {obs_space}; wrap the environment")
-    if not isinstance(action_space, (Box, Discrete)):
-        raise ConfigError(f"--env-id {args.env_id}: actions must be Discrete or a Box, not {action_space}; wrap it")
+    if not (isinstance(action_space, Discrete) or isinstance(action_space, Box) and action_space.dtype.kind == "f"):
+        raise ConfigError(f"--env-id {args.env_id}: actions must be Discrete or a Box of floats, not {action_space}")
     if autoreset_mode != gym.vector.AutoresetMode.NEXT_STEP:
         raise ConfigError(f"--vectorization-mode: {autoreset_mode} of {args.env_id} is not NEXT_STEP; try sync")
     envs = RecordEpisodeStatistics(envs)
@@ -223,9 +224,10 @@ class Agent(nn.Module):
         num_outputs = int(action_space.n) if is_discrete else math.prod(action_space.shape)
         self.log_std = None if is_discrete else nn.Parameter(torch.full(action_space.shape, log_std_init))
         self.obs_shape, self.obs_scale, self.normalize_obs = obs_space.shape, 255 if is_uint8 else 1, normalize_obs
-        self.register_buffer("obs_count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("obs_mean", torch.zeros(self.obs_shape, dtype=torch.float64))
-        self.register_buffer("obs_var", torch.ones(self.obs_shape, dtype=torch.float64))
+        if normalize_obs:
+            self.register_buffer("obs_count", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("obs_mean", torch.zeros(self.obs_shape, dtype=torch.float64))
+            self.register_buffer("obs_var", torch.ones(self.obs_shape, dtype=torch.float64))
         self.is_image = is_uint8 and len(self.obs_shape) == 3 and sorted(self.obs_shape)[1] >= 36  # the CNN's smallest
         if self.is_image:
             channels, height, width = sorted(self.obs_shape)  # which side is the height makes no difference here
@@ -244,9 +246,10 @@ class Agent(nn.Module):
             self.critic = MLP(math.prod(self.obs_shape), 1, std=1.0)
 
     def scale(self, obs):
-        """Standardize observations, NumPy or PyTorch, by their statistics, or just bring bytes to [0, 1]."""
+        """Bring bytes to [0, 1] and, if asked to, standardize observations by their statistics; NumPy or PyTorch."""
+        obs = obs / self.obs_scale
         if not self.normalize_obs:
-            return obs / self.obs_scale
+            return obs
         mean, var = self.obs_mean, self.obs_var
         if isinstance(obs, np.ndarray):
             mean, var = mean.numpy(force=True), var.numpy(force=True)
@@ -256,7 +259,7 @@ class Agent(nn.Module):
         """Turn observations into features for the actor and the critic, (..., F)."""
         obs = self.scale(obs).float()
         if not self.is_image:
-            return obs.flatten(-len(self.obs_shape))
+            return obs.reshape(*obs.shape[: obs.ndim - len(self.obs_shape)], -1)
         if obs.shape[-1] < obs.shape[-3]:
             obs = obs.movedim(-1, -3)  # (..., H, W, C) -> (..., C, H, W)
         return self.encoder(obs.reshape(-1, *obs.shape[-3:])).reshape(*obs.shape[:-3], -1)
@@ -280,7 +283,7 @@ class Agent(nn.Module):
     def act(self, obs, rng):
         """Sample the N actions of one step as get_dist would, but NumPy to NumPy, and for vectors in NumPy alone."""
         if self.is_image:
-            outputs = self.actor(self.encode(torch.as_tensor(obs, device=self.obs_mean.device))).numpy(force=True)
+            outputs = self.actor(self.encode(torch.as_tensor(obs, device=self.critic.weight.device))).numpy(force=True)
         else:
             outputs = self.actor.numpy(self.scale(obs).astype(np.float32).reshape(len(obs), -1))
         if self.log_std is None:
@@ -291,7 +294,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def update_obs_statistics(self, obs):
         """Merge the mean and variance of the batch obs, (B, *observation shape), into the running ones."""
-        obs = obs.double()
+        obs = obs.double() / self.obs_scale
         self.obs_count += len(obs)
         weight = len(obs) / self.obs_count
         delta = obs.mean(0) - self.obs_mean
@@ -311,25 +314,24 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
     All arrays have the shape (T, N) or (T,), and so has the result. `advantages + values` is the lambda-return.
     """
     deltas = rewards + gamma * np.where(terminations, 0.0, next_values) - values
-    discounts = np.where(dones, 0.0, gamma * gae_lambda)
     advantages, advantage = np.zeros_like(deltas), 0.0
     for t in reversed(range(len(deltas))):
-        advantages[t] = advantage = deltas[t] + discounts[t] * advantage
+        advantages[t] = advantage = deltas[t] + np.where(dones[t], 0.0, gamma * gae_lambda * advantage)
     return advantages
 
 
 def train(args):
     """Train an Agent as `args` say, write its log to a run folder, and return the agent.
 
-    Raises a ConfigError before anything is written, and a FloatingPointError as soon as something is not finite.
+    Raises a ConfigError before it begins, and a FloatingPointError as soon as something is not finite.
     """
     check_args(args)
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
+    rng = np.random.default_rng((args.seed, 1))  # with seed alone, it would repeat the numbers of an environment
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda else "cpu")
     if torch.cuda.is_available() and not args.cuda:
-        print("A GPU is there and not used: --cuda trains on it, which pays for images.")
+        print("A GPU is there and not used: --cuda trains on it, which pays for images.", file=sys.stderr)
     envs = make_envs(args)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more threads would slow small networks down
@@ -473,6 +475,7 @@ def train(args):
     bar.close()
     envs.close()
     log.close()
+    torch.set_num_threads(num_threads)
     print(f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s, {log.dir}")
     return agent
 
@@ -484,4 +487,4 @@ if __name__ == "__main__":
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
-        sys.exit(f"\n{Path(__file__).name}: {error}")  # below the bar
+        sys.exit(f"{Path(__file__).name}: {error}")

@@ -200,6 +200,8 @@ def loop_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambd
             trace = gamma
         elif bug == "no gamma":
             trace = gae_lambda
+        elif bug == "neither":
+            trace = 1.0
         elif bug == "no trace":
             trace = 0.0
         elif bug == "swapped":
@@ -240,6 +242,7 @@ NAMES = {
     "last termination": "the last step's termination is ignored",
     "no lambda": "lambda missing in the trace",
     "no gamma": "gamma missing in the trace",
+    "neither": "gamma and lambda missing in the trace",
     "no trace": "no trace, only the TD error",
     "swapped": "gamma and lambda swapped",
     "no gamma in delta": "gamma missing in delta",
@@ -378,14 +381,14 @@ def test_a_correct_function_passes_in_every_signature(signature):
 CASES = [
     *itertools.product(NEEDS_TWO_FLAGS, TWO_FLAGS),
     *itertools.product(NEEDS_NEXT_VALUES, [full, gymnasium_flags]),
-    *itertools.product(ANYWHERE, TWO_FLAGS + ONE_FLAG),
-    *itertools.product(["no lambda", "forward", "normalised", "no bootstrap"], [spinning_up, per_step_discounts]),
+    *itertools.product(ANYWHERE, [full, two_flags_long_values, textbook, kostrikov, cleanrl]),
+    *itertools.product(["no lambda", "forward", "normalised", "no bootstrap"], SIGNATURES),
 ]
 
 
 @pytest.mark.parametrize(
     "bug, signature, with_returns",
-    [(*case, False) for case in CASES] + [(*case, True) for case in CASES if case[1] in (gymnasium_flags, cleanrl)],
+    [(*case, False) for case in dict.fromkeys(CASES)] + [(bug, cleanrl, True) for bug in ANYWHERE],
 )
 def test_every_mistake_is_recognised_by_name(bug, signature, with_returns):
     def mutant(**arguments):
@@ -425,7 +428,13 @@ def test_two_mistakes_at_once():
         dones = flag(terminated) | flag(truncated)
         return loop_gae(rewards, values, next_values, dones, dones, gamma, 1.0)
 
+    def both_discounts(rewards, values, next_values, terminated, truncated, gamma, lam):
+        dones = flag(terminated) | flag(truncated)
+        deltas = rewards + np.where(flag(terminated), 0.0, next_values) - values
+        return recursion(deltas, gamma * (1.0 - dones))
+
     assert verdict(both)["mistake"] == "truncation treated as termination and lambda missing in the trace"
+    assert verdict(both_discounts)["mistake"] == "lambda missing in the trace and gamma missing in delta"
 
 
 def to_go(rewards, dones, gamma):
@@ -622,6 +631,29 @@ def test_tensors_with_boolean_flags_and_a_wide_bootstrap():
     assert verdict(gae)["verdict"] == "correct"
 
 
+def test_tensors_whose_flags_are_numbers():
+    torch = pytest.importorskip("torch")
+
+    def gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda):
+        advantages, advantage = torch.zeros_like(rewards), 0
+        for t in reversed(range(len(rewards))):
+            is_last = t == len(rewards) - 1
+            goes_on, value = (1 - next_done, next_value) if is_last else (1 - dones[t + 1], values[t + 1])
+            delta = rewards[t] + gamma * value * goes_on - values[t]
+            advantages[t] = advantage = delta + gamma * gae_lambda * goes_on * advantage
+        return advantages, advantages + values
+
+    assert verdict(gae)["verdict"] == "correct"
+
+
+def test_episode_starts_beside_terminations():
+    def gae(rewards, values, next_values, terminated, episode_starts, last_done, gamma, lam):
+        dones = flag(next_row(episode_starts, last_done))
+        return loop_gae(rewards, values, next_values, flag(terminated), dones, gamma, lam)
+
+    assert verdict(gae)["verdict"] == "correct"
+
+
 def test_done_may_mean_terminated_beside_truncated():
     def gae(rewards, values, next_values, done, truncated, gamma, lam):
         return loop_gae(rewards, values, next_values, flag(done), flag(done) | flag(truncated), gamma, lam)
@@ -732,6 +764,16 @@ def test_a_mistake_between_environments_needs_two_of_them():
     report = verdict(mixing)
     assert report["verdict"] == "unknown mistake" and report["env"] == 1
     assert np.shape(report["rollout"]["rewards"]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [lambda rewards, **_: rewards, lambda values, **_: 2 * values, lambda rewards, **_: rewards.cumsum(0)],
+)
+def test_no_two_mistakes_are_made_up(nonsense):
+    """Two at once explain a lot, but not what is no GAE at all."""
+    function = with_parameters(nonsense, ["rewards", "values", "next_values", "terminated", "dones", "gamma", "lam"])
+    assert verdict(function)["verdict"] == "unknown mistake"
 
 
 def test_unknown_returns():
@@ -868,6 +910,13 @@ def test_cli_correct(alone, target):
     assert process.stdout.startswith(f"{target}: correct\n")
     report = json.loads(alone(target, "--json").stdout)  # what the file prints is not in the way
     assert report["verdict"] == "correct" and report["mistake"] is None
+
+
+def test_cli_file_that_imports_its_neighbour_and_reads_the_command_line(alone, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "neighbour.py").write_text(GOOD)
+    (tmp_path / "folder" / "mine.py").write_text("import sys\nfrom neighbour import gae\nassert len(sys.argv) == 1\n")
+    assert alone("folder/mine.py:gae").returncode == 0
 
 
 def test_cli_mistake(alone):
