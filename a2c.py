@@ -1,0 +1,435 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.5,<2.14", "gymnasium>=1.4,<2", "numpy>=1.26,<3", "tyro>=1,<2", "wandb>=0.19", "tqdm>=4.66"]
+# ///
+"""Advantage Actor-Critic, the synchronous A3C (Mnih et al. 2016, https://arxiv.org/abs/1602.01783), in one file.
+
+    python a2c.py                       # CartPole-v1, solved in seconds
+    python a2c.py --env-id Acrobot-v1   # or any other Gymnasium environment with Discrete or Box actions
+    python a2c.py --help                # every flag, its meaning and its default
+
+A2C is PPO with a single minibatch, a single pass over it, and the advantages as they are (Huang et al. 2022,
+https://arxiv.org/abs/2205.09123). With the same optimizer, as here, the two make the same updates, up to rounding:
+
+    python a2c.py --optimizer adam
+    python ppo.py --update-epochs 1 --num-minibatches 1 --no-norm-adv --num-envs 16 --num-steps 8 --gae-lambda 1
+
+Read `train` first, whose four phases are the algorithm, then `compute_gae` and `Agent`.
+
+Arrays are time-major: T is `num_steps`, N is `num_envs`, and (T, N) holds a number for each step of each environment.
+The prefix b_ marks the flat batch of a rollout's transitions.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from gymnasium.spaces import Box, Discrete
+from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics, TransformAction, TransformReward
+from torch.distributions import Categorical, Independent, Normal
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"  # Gymnasium id of the environment
+    seed: int = 1  # seed of the environments, the initial weights, the actions and the minibatches
+    total_timesteps: int = 200_000  # steps of all environments together, rounded down to whole rollouts
+    num_envs: int = 16  # N, environments that step together
+    num_steps: int = 8  # T, steps of each environment in a rollout
+    vectorization_mode: Literal["sync", "async", "native"] | None = None  # None: native where there is one, else sync
+    normalize_obs: bool = False  # standardize observations by their running mean and variance, and clip them to +-10
+    normalize_reward: bool = False  # as Gymnasium's NormalizeReward does; its first rewards are large, so bound them
+    clip_reward: float | None = None  # bound on |reward|, after any normalization: 10 goes with it, 1 with Atari
+    log_std_init: float = 0.0  # initial log standard deviation of continuous actions
+
+    optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # RMSprop with alpha 0.99, as published, or Adam; eps 1e-5
+    learning_rate: float = 3e-3  # step size of the optimizer
+    anneal_lr: bool = True  # lower the learning rate linearly to 0
+    gamma: float = 0.98  # discount factor
+    gae_lambda: float = 1.0  # lambda of GAE: 0 is the one-step TD error, 1 the Monte Carlo return
+    vf_coef: float = 0.5  # weight of the value loss, half the mean squared error
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    max_grad_norm: float = 0.5  # bound on the global norm of the gradient; inf turns it off
+
+    run_dir: str | None = None  # folder of the log; None: runs/<env_id>__<script>__<seed>__<time>
+    track: bool = False  # log to Weights & Biases, too
+    wandb_project_name: str = "advanced-policy-optimization"  # project of --track
+    wandb_entity: str | None = None  # team of --track
+    cuda: bool = False  # train on the GPU, which pays for images and not for vectors
+    torch_deterministic: bool = True  # have cuDNN choose deterministic algorithms
+
+
+class ConfigError(Exception):
+    """Settings that cannot be trained with; the message is one line that names the flag and the remedy."""
+
+
+def check_args(args):
+    """Raise a ConfigError for the first setting that is out of range or does not fit the others."""
+    batch_size = args.num_envs * args.num_steps
+    rules = {
+        "--seed must be from 0 to 2147483647": 0 <= args.seed < 2**31,
+        "--num-envs must be at least 1": args.num_envs >= 1,
+        "--num-steps must be at least 2, or 4 with one environment": args.num_steps >= (2 if args.num_envs > 1 else 4),
+        f"--total-timesteps must be at least num_envs * num_steps = {batch_size}": args.total_timesteps >= batch_size,
+        "--clip-reward must be above 0": args.clip_reward is None or args.clip_reward > 0,
+        "--log-std-init must be from -20 to 20": -20 <= args.log_std_init <= 20,
+        "--learning-rate must be at least 0 and finite": 0 <= args.learning_rate < math.inf,
+        "--gamma must be from 0 to 1": 0 <= args.gamma <= 1,
+        "--gae-lambda must be from 0 to 1": 0 <= args.gae_lambda <= 1,
+        "--vf-coef must be at least 0 and finite": 0 <= args.vf_coef < math.inf,
+        "--ent-coef must be at least 0 and finite": 0 <= args.ent_coef < math.inf,
+        "--max-grad-norm must be above 0; inf turns the bound off": args.max_grad_norm > 0,
+        "--cuda needs a GPU, and PyTorch finds none; leave it out": not args.cuda or torch.cuda.is_available(),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise ConfigError(rule)
+
+
+def check_finite(global_step, **quantities):
+    """Raise a FloatingPointError for the first quantity, given by name, that is NaN or infinite anywhere."""
+    for name, value in quantities.items():
+        if not np.isfinite(value).all():
+            index = np.argwhere(~np.isfinite(value))[0].tolist()  # of an array (N, ...): the environment first
+            raise FloatingPointError(f"{name}{index or ''} is {np.asarray(value)[tuple(index)]} at step {global_step}")
+
+
+def make_envs(args):
+    """Make the N environments as one `gymnasium.vector.VectorEnv`, or raise a ConfigError.
+
+    Episode statistics are recorded before the reward is changed, so the log holds raw returns. Continuous actions are
+    clipped to their bounds here, on their way into the environment, and nowhere else.
+    """
+    mode = "vector_entry_point" if args.vectorization_mode == "native" else args.vectorization_mode
+    env_id = args.env_id.removeprefix("ale_py:")
+    is_atari = env_id.startswith("ALE/")
+    kwargs = {"reward_clipping": False} if is_atari and mode in (None, "vector_entry_point") else {}
+    try:
+        envs = gym.make_vec(f"ale_py:{env_id}" if is_atari else env_id, args.num_envs, mode, **kwargs)
+    except (gym.error.Error, ImportError) as error:
+        hint = " (pip install ale-py)" if is_atari and isinstance(error, ImportError) else ""
+        raise ConfigError(f"--env-id {args.env_id}: {' '.join(str(error).split())}{hint}") from error
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    autoreset_mode = envs.metadata.get("autoreset_mode")
+    if not isinstance(obs_space, Box):
+        raise ConfigError(f"--env-id {args.env_id}: observations must be a Box, not {obs_space}; wrap the environment")
+    if not (isinstance(action_space, Discrete) or isinstance(action_space, Box) and action_space.dtype.kind == "f"):
+        raise ConfigError(f"--env-id {args.env_id}: actions must be Discrete or a Box of floats, not {action_space}")
+    if autoreset_mode != gym.vector.AutoresetMode.NEXT_STEP:
+        raise ConfigError(f"--vectorization-mode: {autoreset_mode} of {args.env_id} is not NEXT_STEP; try sync")
+    envs = RecordEpisodeStatistics(envs)
+    if isinstance(action_space, Box):
+        envs = TransformAction(envs, partial(np.clip, a_min=action_space.low, a_max=action_space.high))
+    elif action_space.start != 0:
+        envs = TransformAction(envs, partial(np.add, action_space.start))
+    if args.normalize_reward:
+        envs = NormalizeReward(envs, gamma=args.gamma)
+    if args.clip_reward is not None:
+        envs = TransformReward(envs, partial(np.clip, a_min=-args.clip_reward, a_max=args.clip_reward))
+    return envs
+
+
+class RunLog:
+    """The run folder, with args.json and metrics.csv; with --track, Weights & Biases gets the same metrics."""
+
+    def __init__(self, args):
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.dir, self.wandb = Path(args.run_dir or f"runs/{name}"), None
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.csv = open(self.dir / "metrics.csv", "x", buffering=1)
+            (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+        except OSError as error:
+            raise ConfigError(f"--run-dir {self.dir}: {error.strerror}; choose a new, writable folder") from error
+        if args.track:
+            import wandb
+
+            self.wandb, project = wandb, args.wandb_project_name
+            try:
+                wandb.init(project=project, entity=args.wandb_entity, name=name, config=vars(args), dir=self.dir)
+            except wandb.Error as error:
+                raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
+
+    def write(self, metrics):
+        if self.csv.tell() == 0:
+            print(*metrics, sep=",", file=self.csv)
+        print(*("" if value is None else value for value in metrics.values()), sep=",", file=self.csv)
+        if self.wandb:
+            self.wandb.log(metrics, step=metrics["global_step"])
+
+    def close(self):
+        self.csv.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def layer_init(layer, std=2**0.5, bias=0.0):
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias)
+    return layer
+
+
+class MLP(nn.Sequential):
+    """Two hidden layers of 64 tanh units: (..., num_inputs) -> (..., num_outputs)."""
+
+    def __init__(self, num_inputs, num_outputs, std):
+        super().__init__(
+            layer_init(nn.Linear(num_inputs, 64)), nn.Tanh(),
+            layer_init(nn.Linear(64, 64)), nn.Tanh(),
+            layer_init(nn.Linear(64, num_outputs), std=std),
+        )
+
+    def numpy(self, x):
+        """What calling the module does, for NumPy arrays: a fraction of the time where there are few rows."""
+        for layer in self:
+            if isinstance(layer, nn.Tanh):
+                x = np.tanh(x)
+            else:
+                x = x @ layer.weight.numpy(force=True).T + layer.bias.numpy(force=True)
+        return x
+
+
+class Agent(nn.Module):
+    """Actor and critic: two MLPs for vectors, two heads on one NatureCNN (Mnih et al. 2015) for uint8 images.
+
+    Observations have the shape (..., *observation shape); there is one distribution, or one value, for each of them.
+    Their running statistics are buffers, so that whatever saves or sends the weights has them, too.
+    """
+
+    def __init__(self, envs, normalize_obs=False, log_std_init=0.0):
+        super().__init__()
+        obs_space, action_space = envs.single_observation_space, envs.single_action_space
+        is_discrete, is_uint8 = isinstance(action_space, Discrete), obs_space.dtype == np.uint8
+        num_outputs = int(action_space.n) if is_discrete else math.prod(action_space.shape)
+        self.log_std = None if is_discrete else nn.Parameter(torch.full(action_space.shape, log_std_init))
+        self.obs_shape, self.obs_scale, self.normalize_obs = obs_space.shape, 255 if is_uint8 else 1, normalize_obs
+        if normalize_obs:
+            self.register_buffer("obs_count", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("obs_mean", torch.zeros(self.obs_shape, dtype=torch.float64))
+            self.register_buffer("obs_var", torch.ones(self.obs_shape, dtype=torch.float64))
+        self.is_image = is_uint8 and len(self.obs_shape) == 3 and sorted(self.obs_shape)[1] >= 36  # the CNN's smallest
+        if self.is_image:
+            channels, height, width = sorted(self.obs_shape)  # which side is the height makes no difference here
+            self.encoder = nn.Sequential(
+                layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU(),
+                layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
+                layer_init(nn.Conv2d(64, 64, 3)), nn.ReLU(), nn.Flatten(),
+            )
+            num_features = self.encoder(torch.zeros(1, channels, height, width)).shape[1]
+            self.encoder.extend((layer_init(nn.Linear(num_features, 512)), nn.ReLU()))
+            self.encoder.to(memory_format=torch.channels_last)  # faster on the CPU
+            self.actor = layer_init(nn.Linear(512, num_outputs), std=0.01)
+            self.critic = layer_init(nn.Linear(512, 1), std=1.0)
+        else:
+            self.actor = MLP(math.prod(self.obs_shape), num_outputs, std=0.01)
+            self.critic = MLP(math.prod(self.obs_shape), 1, std=1.0)
+
+    def scale(self, obs):
+        """Bring bytes to [0, 1] and, if asked to, standardize observations by their statistics; NumPy or PyTorch."""
+        obs = obs / self.obs_scale
+        if not self.normalize_obs:
+            return obs
+        mean, var = self.obs_mean, self.obs_var
+        if isinstance(obs, np.ndarray):
+            mean, var = mean.numpy(force=True), var.numpy(force=True)
+        return ((obs - mean) / (var + 1e-8) ** 0.5).clip(-10, 10)
+
+    def encode(self, obs):
+        """Turn observations into features for the actor and the critic, (..., F)."""
+        obs = self.scale(obs).float()
+        if not self.is_image:
+            return obs.reshape(*obs.shape[: obs.ndim - len(self.obs_shape)], -1)
+        if obs.shape[-1] < obs.shape[-3]:
+            obs = obs.movedim(-1, -3)  # (..., H, W, C) -> (..., C, H, W)
+        return self.encoder(obs.reshape(-1, *obs.shape[-3:])).reshape(*obs.shape[:-3], -1)
+
+    def forward(self, obs):
+        """The policy pi(. | s), as a distribution over actions, and the value V(s)."""
+        features = self.encode(obs)
+        outputs, value = self.actor(features), self.critic(features).squeeze(-1)
+        if self.log_std is None:
+            return Categorical(logits=outputs, validate_args=False), value
+        mean = outputs.reshape(*value.shape, *self.log_std.shape)
+        return Independent(Normal(mean, self.log_std.exp(), validate_args=False), self.log_std.ndim), value
+
+    def get_dist(self, obs):
+        return self(obs)[0]
+
+    def get_value(self, obs):
+        return self(obs)[1]
+
+    @torch.no_grad()
+    def act(self, obs, rng):
+        """Sample the N actions of one step as get_dist would, but NumPy to NumPy, and for vectors in NumPy alone."""
+        if self.is_image:
+            outputs = self.actor(self.encode(torch.as_tensor(obs, device=self.critic.weight.device))).numpy(force=True)
+        else:
+            outputs = self.actor.numpy(self.scale(obs).astype(np.float32).reshape(len(obs), -1))
+        if self.log_std is None:
+            return (outputs + rng.gumbel(size=outputs.shape)).argmax(-1)  # the Gumbel-max trick
+        std = np.exp(self.log_std.numpy(force=True))
+        return outputs.reshape(-1, *std.shape) + std * rng.standard_normal((len(obs), *std.shape))
+
+    @torch.no_grad()
+    def update_obs_statistics(self, obs):
+        """Merge the mean and variance of the batch obs, (B, *observation shape), into the running ones."""
+        obs = obs.double() / self.obs_scale
+        self.obs_count += len(obs)
+        weight = len(obs) / self.obs_count
+        delta = obs.mean(0) - self.obs_mean
+        self.obs_mean += weight * delta
+        self.obs_var += weight * (obs.var(0, correction=0) - self.obs_var + (1 - weight) * delta.square())
+
+
+def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16) by its backward recursion.
+
+        A_t = delta_t + gamma lambda A_{t+1},    delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+
+    The two flags have two jobs. After a termination there is no future, so V(s_{t+1}) counts as 0. After a done,
+    by termination or truncation, A_{t+1} belongs to another episode, so the sum stops. A truncated step therefore
+    still bootstraps from V(s_{t+1}), the value of the state that it really led to, not of the reset state after it.
+
+    All arrays have the shape (T, N) or (T,), and so has the result. `advantages + values` is the lambda-return.
+    """
+    deltas = rewards + gamma * np.where(terminations, 0.0, next_values) - values
+    advantages, advantage = np.zeros_like(deltas), 0.0
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + np.where(dones[t], 0.0, gamma * gae_lambda * advantage)
+    return advantages
+
+
+def train(args):
+    """Train an Agent as `args` say, write its log to a run folder, and return the agent.
+
+    Raises a ConfigError before it begins, and a FloatingPointError as soon as something is not finite.
+    """
+    check_args(args)
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng((args.seed, 1))  # with seed alone, it would repeat the numbers of an environment
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if args.cuda else "cpu")
+    if torch.cuda.is_available() and not args.cuda:
+        print("A GPU is there and not used: --cuda trains on it, which pays for images.", file=sys.stderr)
+    envs = make_envs(args)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more threads would slow small networks down
+    agent = Agent(envs, args.normalize_obs, args.log_std_init).to(device)
+    if agent.is_image:
+        torch.set_num_threads(num_threads)
+    parameters = list(agent.parameters())
+    if args.optimizer == "rmsprop":
+        optimizer = torch.optim.RMSprop(parameters, lr=args.learning_rate, alpha=0.99, eps=1e-5)
+    else:
+        optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+
+    log = RunLog(args)
+
+    # Step t leads from row t to row t + 1 of obs and dones, so their last row is the first of the next rollout.
+    T, N = args.num_steps, args.num_envs
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    obs_dtype = np.uint8 if obs_space.dtype == np.uint8 else np.float32
+    action_dtype = np.int64 if isinstance(action_space, Discrete) else np.float32
+    obs = np.zeros((T + 1, N, *obs_space.shape), obs_dtype)
+    dones = np.zeros((T + 1, N), bool)
+    actions = np.zeros((T, N, *action_space.shape), action_dtype)
+    rewards = np.zeros((T, N), np.float32)
+    terminations = np.zeros((T, N), bool)
+    # Gymnasium seeds environment i with seed + i. So spaced, neighbouring runs share none; Atari takes 31 bits.
+    obs[-1], _ = envs.reset(seed=args.seed * N % (2**31 - N))
+    check_finite(0, observation=obs[-1])
+
+    num_iterations = args.total_timesteps // (T * N)
+    global_step, episodes = 0, []  # episodes: (return, length) of each that has ended
+    bar = tqdm(total=num_iterations * T * N, desc=args.env_id, unit="step", unit_scale=True)
+    start_time = time.perf_counter()
+    for iteration in range(num_iterations):
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+
+        # Collect a rollout.
+        obs[0], dones[0] = obs[-1], dones[-1]
+        num_logged = len(episodes)
+        for step in range(T):
+            actions[step] = agent.act(obs[step], rng)
+            obs[step + 1], rewards[step], terminations[step], truncations, infos = envs.step(actions[step])
+            dones[step + 1] = terminations[step] | truncations
+            global_step += N
+            check_finite(global_step, observation=obs[step + 1], reward=rewards[step])
+            if "episode" in infos:
+                ended = infos["_episode"]
+                episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
+
+        # Estimate advantages and returns.
+        all_obs = torch.as_tensor(obs, device=device)
+        with torch.no_grad():
+            values = agent.get_value(all_obs).numpy(force=True)  # (T + 1, N)
+        advantages = compute_gae(rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda)
+        is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
+        b_obs, b_actions, b_values, b_advantages, b_returns = (
+            torch.as_tensor(x[is_transition], device=device)
+            for x in (obs[:-1], actions, values[:-1], advantages, advantages + values[:-1])
+        )
+        explained_variance = 1 - (b_returns - b_values).var(correction=0) / b_returns.var(correction=0)
+
+        # Update the policy and the value function.
+        dist, new_values = agent(b_obs)
+        policy_loss = -(dist.log_prob(b_actions) * b_advantages).mean()
+        value_loss = 0.5 * (new_values - b_returns).square().mean()
+        entropy = dist.entropy().mean()
+        loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+        if args.normalize_obs:
+            agent.update_obs_statistics(b_obs)
+
+        # Log.
+        means = {"policy_loss": policy_loss.item(), "value_loss": value_loss.item(), "entropy": entropy.item()}
+        check_finite(global_step, **means)
+        seconds = time.perf_counter() - start_time
+        mean_return, mean_length = np.mean(episodes[num_logged:], axis=0) if episodes[num_logged:] else (None, None)
+        log.write({
+            "global_step": global_step,
+            "wall_time": round(seconds, 3),
+            "sps": round(global_step / seconds),
+            "episodes": len(episodes),
+            "episodic_return": mean_return,
+            "episodic_length": mean_length,
+            **means,
+            "explained_variance": explained_variance.item(),
+            "learning_rate": optimizer.param_groups[0]["lr"],
+        })
+        last_return = f"return {np.mean(episodes[-100:], axis=0)[0]:.1f}" if episodes else "no episode has ended"
+        bar.set_postfix_str(last_return, refresh=False)
+        bar.update(T * N)
+
+    bar.close()
+    envs.close()
+    log.close()
+    torch.set_num_threads(num_threads)
+    print(f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s, {log.dir}")
+    return agent
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args))
+    except ConfigError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
