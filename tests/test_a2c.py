@@ -70,3 +70,14 @@ def test_images_and_box_actions_train(optimizer, tmp_path):
         flags = {"env_id": env_id, "num_envs": 2, "num_steps": 8, "total_timesteps": 32, "optimizer": optimizer}
         agent = a2c.train(a2c.Args(**flags, run_dir=str(tmp_path / env_id.replace("/", "-"))))
         assert all(torch.isfinite(parameter).all() for parameter in agent.parameters())
+
+
+def test_rmsprop_has_the_published_settings(tmp_path, monkeypatch):
+    settings = []
+    step = torch.optim.RMSprop.step
+    monkeypatch.setattr(
+        torch.optim.RMSprop, "step", lambda self: (settings.append(dict(self.param_groups[0])), step(self))
+    )
+    a2c.train(a2c.Args(num_envs=2, num_steps=4, total_timesteps=16, run_dir=str(tmp_path / "run")))
+    assert len(settings) == 2
+    assert all((group["alpha"], group["eps"]) == (0.99, 1e-5) for group in settings)
