@@ -1,7 +1,7 @@
 """Steps per second, and time to solve CartPole-v1, of our scripts and of Stable-Baselines3, side by side.
 
     pip install -r benchmark/requirements.txt
-    python benchmark/speed.py                 # every row, each 5 times: about 15 minutes on 2 cores
+    python benchmark/speed.py                 # every row, each 5 times: about 10 minutes on 2 cores
     python benchmark/speed.py --repeats 1     # a first look
 
 The two take turns, each in a process and with one thread of its own, so that whatever else the machine is doing hits
