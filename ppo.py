@@ -7,6 +7,7 @@
     python ppo.py                       # CartPole-v1, solved in seconds
     python ppo.py --env-id Acrobot-v1   # or any other Gymnasium environment with Discrete or Box actions
     python ppo.py --help                # every flag, its meaning and its default
+    torchrun --nproc-per-node 2 ppo.py  # two processes, each with num_envs environments, average their gradients
 
 Read `train` first, whose four phases are the algorithm, then `compute_gae` and `Agent`.
 
@@ -16,6 +17,7 @@ The prefix b_ marks the flat batch of a rollout's transitions, mb_ a minibatch o
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ import torch
 import torch.nn as nn
 import tyro
 from gymnasium.spaces import Box, Discrete
-from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics, TransformAction, TransformReward
+from gymnasium.wrappers.vector import RecordEpisodeStatistics, TransformAction
 from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
@@ -42,9 +44,9 @@ class Args:
     total_timesteps: int = 200_000  # steps of all environments together, rounded down to whole rollouts
     num_envs: int = 64  # N, environments that step together
     num_steps: int = 32  # T, steps of each environment in a rollout
-    vectorization_mode: Literal["sync", "async", "native"] | None = None  # None: native where there is one, else sync
+    vectorization_mode: Literal["sync", "async", "native"] | None = None  # None: native where it pays, else sync
     normalize_obs: bool = False  # standardize observations by their running mean and variance, and clip them to +-10
-    normalize_reward: bool = False  # as Gymnasium's NormalizeReward does; its first rewards are large, so bound them
+    normalize_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     clip_reward: float | None = None  # bound on |reward|, after any normalization: 10 goes with it, 1 with Atari
     log_std_init: float = 0.0  # initial log standard deviation of continuous actions
 
@@ -76,15 +78,15 @@ class ConfigError(Exception):
     """Settings that cannot be trained with; the message is one line that names the flag and the remedy."""
 
 
-def check_args(args):
+def check_args(args, world_size=1):
     """Raise a ConfigError for the first setting that is out of range or does not fit the others."""
-    batch_size = args.num_envs * args.num_steps
+    batch_size = args.num_envs * args.num_steps * world_size
     most_minibatches = args.num_envs * (args.num_steps // 2) // 2  # half the rows of a rollout can be resets
     rules = {
         "--seed must be from 0 to 2147483647": 0 <= args.seed < 2**31,
         "--num-envs must be at least 1": args.num_envs >= 1,
         "--num-steps must be at least 2, or 4 with one environment": args.num_steps >= (2 if args.num_envs > 1 else 4),
-        f"--total-timesteps must be at least num_envs * num_steps = {batch_size}": args.total_timesteps >= batch_size,
+        f"--total-timesteps must be at least one rollout, {batch_size}": args.total_timesteps >= batch_size,
         "--clip-reward must be above 0": args.clip_reward is None or args.clip_reward > 0,
         "--log-std-init must be from -20 to 20": -20 <= args.log_std_init <= 20,
         "--learning-rate must be at least 0 and finite": 0 <= args.learning_rate < math.inf,
@@ -118,12 +120,13 @@ def check_finite(global_step, **quantities):
 def make_envs(args):
     """Make the N environments as one `gymnasium.vector.VectorEnv`, or raise a ConfigError.
 
-    Episode statistics are recorded before the reward is changed, so the log holds raw returns. Continuous actions are
-    clipped to their bounds here, on their way into the environment, and nowhere else.
+    Rewards are raw, and so are the returns in the log. Continuous actions are clipped to their bounds here, on their
+    way into the environment, and nowhere else.
     """
-    mode = "vector_entry_point" if args.vectorization_mode == "native" else args.vectorization_mode
     env_id = args.env_id.removeprefix("ale_py:")
     is_atari = env_id.startswith("ALE/")
+    mode = args.vectorization_mode or ("sync" if args.num_envs == 1 and not is_atari else None)
+    mode = "vector_entry_point" if mode == "native" else mode
     kwargs = {"reward_clipping": False} if is_atari and mode in (None, "vector_entry_point") else {}
     try:
         envs = gym.make_vec(f"ale_py:{env_id}" if is_atari else env_id, args.num_envs, mode, **kwargs)
@@ -143,10 +146,6 @@ def make_envs(args):
         envs = TransformAction(envs, partial(np.clip, a_min=action_space.low, a_max=action_space.high))
     elif action_space.start != 0:
         envs = TransformAction(envs, partial(np.add, action_space.start))
-    if args.normalize_reward:
-        envs = NormalizeReward(envs, gamma=args.gamma)
-    if args.clip_reward is not None:
-        envs = TransformReward(envs, partial(np.clip, a_min=-args.clip_reward, a_max=args.clip_reward))
     return envs
 
 
@@ -190,6 +189,42 @@ def layer_init(layer, std=2**0.5, bias=0.0):
     return layer
 
 
+def average_over_processes(mean, count):
+    """Turn a mean over `count` rows, in place, into that over the rows of all processes, and return their number.
+
+    The processes are those that torchrun has started. Without it, nothing happens.
+    """
+    if torch.distributed.is_initialized():
+        sums = torch.cat((count * mean.flatten(), mean.new_tensor([count])))
+        torch.distributed.all_reduce(sums)
+        count = sums[-1].item()
+        mean.copy_((sums[:-1] / count).view_as(mean))
+    return count
+
+
+class RunningStatistics(nn.Module):
+    """Mean and variance of all that was seen: buffers, so that whatever saves or sends the weights has them, too."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+
+    def update(self, batch):
+        """Merge the statistics of a batch, (B, *shape), of each process into those of all before it."""
+        batch = torch.as_tensor(batch, dtype=torch.float64, device=self.mean.device)
+        mean = batch.mean(0)
+        batch_size = average_over_processes(mean, len(batch))
+        var = (batch - mean).square().mean(0)
+        average_over_processes(var, len(batch))
+        self.count += batch_size
+        weight = batch_size / self.count
+        delta = mean - self.mean
+        self.mean += weight * delta
+        self.var += weight * (var - self.var + (1 - weight) * delta.square())
+
+
 class MLP(nn.Sequential):
     """Two hidden layers of 64 tanh units: (..., num_inputs) -> (..., num_outputs)."""
 
@@ -200,35 +235,23 @@ class MLP(nn.Sequential):
             layer_init(nn.Linear(64, num_outputs), std=std),
         )
 
-    def numpy(self, x):
-        """What calling the module does, for NumPy arrays: a fraction of the time where there are few rows."""
-        for layer in self:
-            if isinstance(layer, nn.Tanh):
-                x = np.tanh(x)
-            else:
-                x = x @ layer.weight.numpy(force=True).T + layer.bias.numpy(force=True)
-        return x
-
 
 class Agent(nn.Module):
     """Actor and critic: two MLPs for vectors, two heads on one NatureCNN (Mnih et al. 2015) for uint8 images.
 
     Observations have the shape (..., *observation shape); there is one distribution, or one value, for each of them.
-    Their running statistics are buffers, so that whatever saves or sends the weights has them, too.
     """
 
-    def __init__(self, envs, normalize_obs=False, log_std_init=0.0):
+    def __init__(self, envs, log_std_init=0.0, normalize_obs=False, normalize_reward=False):
         super().__init__()
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
-        is_discrete, is_uint8 = isinstance(action_space, Discrete), obs_space.dtype == np.uint8
+        is_discrete = isinstance(action_space, Discrete)
         num_outputs = int(action_space.n) if is_discrete else math.prod(action_space.shape)
         self.log_std = None if is_discrete else nn.Parameter(torch.full(action_space.shape, log_std_init))
-        self.obs_shape, self.obs_scale, self.normalize_obs = obs_space.shape, 255 if is_uint8 else 1, normalize_obs
-        if normalize_obs:
-            self.register_buffer("obs_count", torch.zeros((), dtype=torch.float64))
-            self.register_buffer("obs_mean", torch.zeros(self.obs_shape, dtype=torch.float64))
-            self.register_buffer("obs_var", torch.ones(self.obs_shape, dtype=torch.float64))
-        self.is_image = is_uint8 and len(self.obs_shape) == 3 and sorted(self.obs_shape)[1] >= 36  # the CNN's smallest
+        self.obs_shape, self.is_uint8 = obs_space.shape, obs_space.dtype == np.uint8
+        self.obs_statistics = RunningStatistics(self.obs_shape) if normalize_obs else None
+        self.return_statistics = RunningStatistics(()) if normalize_reward else None
+        self.is_image = self.is_uint8 and len(self.obs_shape) == 3 and sorted(self.obs_shape)[1] >= 36  # for the CNN
         if self.is_image:
             channels, height, width = sorted(self.obs_shape)  # which side is the height makes no difference here
             self.encoder = nn.Sequential(
@@ -238,31 +261,25 @@ class Agent(nn.Module):
             )
             num_features = self.encoder(torch.zeros(1, channels, height, width)).shape[1]
             self.encoder.extend((layer_init(nn.Linear(num_features, 512)), nn.ReLU()))
-            self.encoder.to(memory_format=torch.channels_last)  # faster on the CPU
             self.actor = layer_init(nn.Linear(512, num_outputs), std=0.01)
             self.critic = layer_init(nn.Linear(512, 1), std=1.0)
         else:
             self.actor = MLP(math.prod(self.obs_shape), num_outputs, std=0.01)
             self.critic = MLP(math.prod(self.obs_shape), 1, std=1.0)
 
-    def scale(self, obs):
-        """Bring bytes to [0, 1] and, if asked to, standardize observations by their statistics; NumPy or PyTorch."""
-        obs = obs / self.obs_scale
-        if not self.normalize_obs:
-            return obs
-        mean, var = self.obs_mean, self.obs_var
-        if isinstance(obs, np.ndarray):
-            mean, var = mean.numpy(force=True), var.numpy(force=True)
-        return ((obs - mean) / (var + 1e-8) ** 0.5).clip(-10, 10)
-
     def encode(self, obs):
         """Turn observations into features for the actor and the critic, (..., F)."""
-        obs = self.scale(obs).float()
+        if self.obs_statistics is not None:
+            obs = ((obs - self.obs_statistics.mean) / (self.obs_statistics.var + 1e-8).sqrt()).clamp(-10, 10)
+        elif self.is_uint8:
+            obs = obs / 255
+        obs = obs.float()
         if not self.is_image:
             return obs.reshape(*obs.shape[: obs.ndim - len(self.obs_shape)], -1)
         if obs.shape[-1] < obs.shape[-3]:
             obs = obs.movedim(-1, -3)  # (..., H, W, C) -> (..., C, H, W)
-        return self.encoder(obs.reshape(-1, *obs.shape[-3:])).reshape(*obs.shape[:-3], -1)
+        images = obs.reshape(-1, *obs.shape[-3:]).contiguous(memory_format=torch.channels_last)  # faster on the CPU
+        return self.encoder(images).reshape(*obs.shape[:-3], -1)
 
     def forward(self, obs):
         """The policy pi(. | s), as a distribution over actions, and the value V(s)."""
@@ -279,27 +296,54 @@ class Agent(nn.Module):
     def get_value(self, obs):
         return self(obs)[1]
 
-    @torch.no_grad()
-    def act(self, obs, rng):
-        """Sample the N actions of one step as get_dist would, but NumPy to NumPy, and for vectors in NumPy alone."""
-        if self.is_image:
-            outputs = self.actor(self.encode(torch.as_tensor(obs, device=self.critic.weight.device))).numpy(force=True)
-        else:
-            outputs = self.actor.numpy(self.scale(obs).astype(np.float32).reshape(len(obs), -1))
-        if self.log_std is None:
-            return (outputs + rng.gumbel(size=outputs.shape)).argmax(-1)  # the Gumbel-max trick
-        std = np.exp(self.log_std.numpy(force=True))
-        return outputs.reshape(-1, *std.shape) + std * rng.standard_normal((len(obs), *std.shape))
 
-    @torch.no_grad()
-    def update_obs_statistics(self, obs):
-        """Merge the mean and variance of the batch obs, (B, *observation shape), into the running ones."""
-        obs = obs.double() / self.obs_scale
-        self.obs_count += len(obs)
-        weight = len(obs) / self.obs_count
-        delta = obs.mean(0) - self.obs_mean
-        self.obs_mean += weight * delta
-        self.obs_var += weight * (obs.var(0, correction=0) - self.obs_var + (1 - weight) * delta.square())
+class NumpyPolicy:
+    """The policy of an agent as it is now, from NumPy to NumPy, for the actions of a rollout.
+
+    For a few rows a time, calling PyTorch takes longer than the arithmetic; only images are worth it.
+    """
+
+    def __init__(self, agent):
+        self.agent, statistics = agent, agent.obs_statistics
+        self.weights = [parameter.numpy(force=True).T for parameter in agent.actor.parameters()]
+        if agent.log_std is not None:
+            self.std = agent.log_std.exp().numpy(force=True)
+        if statistics is not None:
+            self.obs_mean = statistics.mean.numpy(force=True)
+            self.obs_std = (statistics.var + 1e-8).sqrt().numpy(force=True)
+
+    def sample(self, obs, rng):
+        """Sample an action for each observation, (N, ...), as get_dist(obs).sample() would."""
+        if self.agent.is_image:
+            with torch.no_grad():
+                features = self.agent.encode(torch.as_tensor(obs, device=self.agent.critic.weight.device))
+                outputs = self.agent.actor(features).numpy(force=True)
+        else:
+            if self.agent.obs_statistics is not None:
+                obs = ((obs - self.obs_mean) / self.obs_std).clip(-10, 10)
+            elif self.agent.is_uint8:
+                obs = obs / 255
+            w1, b1, w2, b2, w3, b3 = self.weights
+            hidden = np.tanh(obs.astype(np.float32).reshape(len(obs), -1) @ w1 + b1)
+            outputs = np.tanh(hidden @ w2 + b2) @ w3 + b3
+        if self.agent.log_std is None:
+            return (outputs + rng.gumbel(size=outputs.shape)).argmax(-1)  # the Gumbel-max trick
+        return outputs.reshape(-1, *self.std.shape) + self.std * rng.standard_normal((len(obs), *self.std.shape))
+
+
+def flatten_parameters(agent):
+    """Lay all parameters out in one vector, theta, and all gradients in theta.grad, of which they become views.
+
+    One vector is faster to clip and to step along than a dozen small tensors. Clear the gradient with
+    `theta.grad.zero_()`; to set it to None, as `optimizer.zero_grad` does, would cut the views off.
+    """
+    parameters = list(agent.parameters())
+    sizes = [parameter.numel() for parameter in parameters]
+    theta = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    theta.grad = torch.zeros_like(theta)
+    for parameter, data, grad in zip(parameters, theta.data.split(sizes), theta.grad.split(sizes)):
+        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
+    return theta
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
@@ -320,28 +364,45 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
     return advantages
 
 
+def accumulate_rewards(rewards, resets, start, gamma):
+    """Sum the discounted rewards of each episode so far, (T, N), from `start`, (N,), on: what rewards are scaled by.
+
+    It is 0 at a reset, from where the next episode's begins.
+    """
+    discounted_returns, discounted_return = np.zeros_like(rewards), start
+    for t in range(len(rewards)):
+        discounted_returns[t] = discounted_return = np.where(resets[t], 0.0, rewards[t] + gamma * discounted_return)
+    return discounted_returns
+
+
 def train(args):
     """Train an Agent as `args` say, write its log to a run folder, and return the agent.
 
     Raises a ConfigError before it begins, and a FloatingPointError as soon as something is not finite.
     """
-    check_args(args)
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng((args.seed, 1))  # with seed alone, it would repeat the numbers of an environment
+    is_parallel, rank, world_size = torch.distributed.is_initialized(), 0, 1
+    if is_parallel:
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    check_args(args, world_size)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
+    seed = args.seed * world_size + rank
+    torch.manual_seed(seed)
+    rng = np.random.default_rng((seed, 1))  # with seed alone, it would repeat the numbers of an environment
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if args.cuda else "cpu")
     if torch.cuda.is_available() and not args.cuda:
         print("A GPU is there and not used: --cuda trains on it, which pays for images.", file=sys.stderr)
     envs = make_envs(args)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more threads would slow small networks down
-    agent = Agent(envs, args.normalize_obs, args.log_std_init).to(device)
+    agent = Agent(envs, args.log_std_init, args.normalize_obs, args.normalize_reward).to(device)
     if agent.is_image:
         torch.set_num_threads(num_threads)
-    parameters = list(agent.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    theta = flatten_parameters(agent)
+    if is_parallel:
+        torch.distributed.broadcast(theta.data, src=0)
+    optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
 
-    log = RunLog(args)
+    log = RunLog(args) if rank == 0 else None
 
     # Step t leads from row t to row t + 1 of obs and dones, so their last row is the first of the next rollout.
     T, N = args.num_steps, args.num_envs
@@ -353,13 +414,15 @@ def train(args):
     actions = np.zeros((T, N, *action_space.shape), action_dtype)
     rewards = np.zeros((T, N), np.float32)
     terminations = np.zeros((T, N), bool)
+    discounted_returns = np.zeros((T, N))
     # Gymnasium seeds environment i with seed + i. So spaced, neighbouring runs share none; Atari takes 31 bits.
-    obs[-1], _ = envs.reset(seed=args.seed * N % (2**31 - N))
+    obs[-1], _ = envs.reset(seed=seed * N % (2**31 - N))
     check_finite(0, observation=obs[-1])
 
-    num_iterations = args.total_timesteps // (T * N)
+    num_iterations = args.total_timesteps // (T * N * world_size)
+    total_timesteps = num_iterations * T * N * world_size
     kl_coef, global_step, episodes = args.kl_coef, 0, []  # episodes: (return, length) of each that has ended
-    bar = tqdm(total=num_iterations * T * N, desc=args.env_id, unit="step", unit_scale=True)
+    bar = tqdm(total=total_timesteps, desc=args.env_id, unit="step", unit_scale=True, disable=rank > 0)
     start_time = time.perf_counter()
     for iteration in range(num_iterations):
         if args.anneal_lr:
@@ -367,23 +430,29 @@ def train(args):
 
         # Collect a rollout.
         obs[0], dones[0] = obs[-1], dones[-1]
-        num_logged = len(episodes)
+        policy, new_episodes = NumpyPolicy(agent), []
         for step in range(T):
-            actions[step] = agent.act(obs[step], rng)
+            actions[step] = policy.sample(obs[step], rng)
             obs[step + 1], rewards[step], terminations[step], truncations, infos = envs.step(actions[step])
             dones[step + 1] = terminations[step] | truncations
-            global_step += N
+            global_step += N * world_size
             check_finite(global_step, observation=obs[step + 1], reward=rewards[step])
             if "episode" in infos:
                 ended = infos["_episode"]
-                episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
+                new_episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
 
         # Estimate advantages and returns.
+        is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
+        if args.normalize_reward:
+            discounted_returns = accumulate_rewards(rewards, dones[:-1], discounted_returns[-1], args.gamma)
+            agent.return_statistics.update(discounted_returns[is_transition])
+            rewards /= math.sqrt(agent.return_statistics.var + 1e-8)
+        if args.clip_reward is not None:
+            np.clip(rewards, -args.clip_reward, args.clip_reward, out=rewards)
         all_obs = torch.as_tensor(obs, device=device)
         with torch.no_grad():
             values = agent.get_value(all_obs).numpy(force=True)  # (T + 1, N)
         advantages = compute_gae(rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda)
-        is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
         b_obs, b_actions, b_values, b_advantages, b_returns = (
             torch.as_tensor(x[is_transition], device=device)
             for x in (obs[:-1], actions, values[:-1], advantages, advantages + values[:-1])
@@ -430,12 +499,15 @@ def train(args):
 
                 clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
                 diagnostics.append(torch.stack((policy_loss, value_loss, entropy, approx_kl, clipfrac)).detach())
-                is_stopped = args.kl_coef == 0 and args.target_kl is not None and approx_kl.item() > args.target_kl
+                if args.kl_coef == 0 and args.target_kl is not None:
+                    average_over_processes(approx_kl.detach(), len(mb_obs))
+                    is_stopped = approx_kl.item() > args.target_kl
                 if is_stopped:
                     break
-                optimizer.zero_grad()
+                theta.grad.zero_()
                 loss.backward()
-                nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                average_over_processes(theta.grad, len(mb_obs))
+                nn.utils.clip_grad_norm_(theta, args.max_grad_norm)
                 optimizer.step()
             if is_stopped:
                 break
@@ -443,45 +515,58 @@ def train(args):
             with torch.no_grad():
                 logratio = agent.get_dist(b_obs).log_prob(b_actions) - b_logprobs
             kl = (logratio.exp() - 1 - logratio).mean()
+            average_over_processes(kl, len(b_obs))
             if kl < args.target_kl / 1.5:
                 kl_coef /= 2
             elif kl > args.target_kl * 1.5:
                 kl_coef *= 2
         if args.normalize_obs:
-            agent.update_obs_statistics(b_obs)
+            agent.obs_statistics.update(b_obs)
 
         # Log.
+        if is_parallel:
+            gathered = [None] * world_size
+            torch.distributed.all_gather_object(gathered, new_episodes)
+            new_episodes = sum(gathered, [])
+        episodes += new_episodes
         names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
-        means = dict(zip(names, torch.stack(diagnostics).mean(0).tolist()))
-        check_finite(global_step, **means)
+        means = torch.stack(diagnostics).mean(0)
+        average_over_processes(means, len(b_obs))
+        average_over_processes(explained_variance, len(b_obs))
         seconds = time.perf_counter() - start_time
-        mean_return, mean_length = np.mean(episodes[num_logged:], axis=0) if episodes[num_logged:] else (None, None)
-        log.write({
+        mean_return, mean_length = np.mean(new_episodes, axis=0) if new_episodes else (None, None)
+        metrics = {
             "global_step": global_step,
             "wall_time": round(seconds, 3),
             "sps": round(global_step / seconds),
             "episodes": len(episodes),
             "episodic_return": mean_return,
             "episodic_length": mean_length,
-            **means,
+            **dict(zip(names, means.tolist())),
             "explained_variance": explained_variance.item(),
             "kl_coef": kl_coef,
             "learning_rate": optimizer.param_groups[0]["lr"],
-        })
+        }
+        check_finite(global_step, **{name: metrics[name] for name in names})
+        if rank == 0:
+            log.write(metrics)
         last_return = f"return {np.mean(episodes[-100:], axis=0)[0]:.1f}" if episodes else "no episode has ended"
         bar.set_postfix_str(last_return, refresh=False)
-        bar.update(T * N)
+        bar.update(T * N * world_size)
 
     bar.close()
     envs.close()
-    log.close()
     torch.set_num_threads(num_threads)
-    print(f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s, {log.dir}")
+    if rank == 0:
+        log.close()
+        print(f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s, {log.dir}")
     return agent
 
 
 if __name__ == "__main__":
     try:
+        if torch.distributed.is_torchelastic_launched():  # by torchrun
+            torch.distributed.init_process_group()
         train(tyro.cli(Args))
     except ConfigError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)

@@ -1,0 +1,313 @@
+"""a3c.py: what it has in common with a2c.py, the shared update, its processes and their ends, and learning."""
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_a2c import definitions
+
+import a2c
+import a3c
+
+ROOT = Path(a3c.__file__).parent
+METHODS = ["fork", "spawn"] if sys.platform == "linux" else ["spawn"]
+needs_fork = pytest.mark.skipif("fork" not in METHODS, reason="what a test replaces reaches the workers by fork")
+
+
+@pytest.fixture(autouse=True)
+def the_same_start_for_each_test(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+def rows_of(run_dir):
+    with open(Path(run_dir) / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def optimizers(monkeypatch):
+    """The optimizers that the parent makes."""
+    made, rmsprop = [], torch.optim.RMSprop
+
+    def make(*args, **kwargs):
+        made.append(rmsprop(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(torch.optim, "RMSprop", make)
+    return made
+
+
+# What is the same as in a2c.py.
+
+
+def test_what_the_scripts_have_in_common_is_the_same_text():
+    ours, theirs = definitions("a3c.py"), definitions("a2c.py")
+    assert {name for name in theirs if ours.get(name) != theirs[name]} == {
+        "Args", "check_args", "average_over_processes", "RunningStatistics", "train",
+    }  # fmt: skip
+    assert list(ours.keys() - theirs.keys()) and ours.keys() - theirs.keys() == {"claim", "worker", "arrivals"}
+
+
+def body(source, start, end):
+    """The lines from the one with `start` to the one with `end`, without indentation."""
+    lines = [line.strip() for line in source.splitlines()]
+    first = next(i for i, line in enumerate(lines) if start in line)
+    return lines[first : next(i for i, line in enumerate(lines) if i > first and end in line)]
+
+
+def test_a_worker_collects_and_learns_as_a2c_does():
+    ours, theirs = definitions("a3c.py")["worker"], definitions("a2c.py")["train"]
+    start, end = "# Step t leads", "nn.utils.clip_grad_norm_"
+    ours = [line.replace("shared_agent", "agent") for line in body(ours, start, end)]
+    theirs = [line.replace(", device=device", "") for line in body(theirs, start, end)]
+    missing = [line for line in theirs if line not in ours]
+    assert len(missing) < 12, missing  # steps and episodes are counted by the parent, and nothing is averaged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "env_id, flags",
+    [
+        ("CartPole-v1", {}),
+        ("CartPole-v1", {"lock": True, "num_envs": 3, "gae_lambda": 0.95}),
+        ("CartPole-v1", {"start_method": "spawn", "num_steps": 16}),
+        ("MountainCarContinuous-v0", {"normalize_obs": True, "normalize_reward": True, "clip_reward": 1.0}),
+        ("Pendulum-v1", {"optimizer": "adam", "lock": True}),
+    ],
+)
+def test_one_worker_is_a2c_to_the_last_bit(env_id, flags, tmp_path):
+    common = {"env_id": env_id, "num_envs": 1, "num_steps": 32, "total_timesteps": 12_000, "ent_coef": 0.01} | flags
+    ours = a3c.train(a3c.Args(num_workers=1, run_dir=str(tmp_path / "a3c"), **common))
+    common = {name: value for name, value in common.items() if name not in ("lock", "start_method")}
+    theirs = a2c.train(a2c.Args(run_dir=str(tmp_path / "a2c"), **common))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name]), name
+    rows, a2c_rows = rows_of(tmp_path / "a3c"), rows_of(tmp_path / "a2c")
+    assert rows[-1]["global_step"] == a2c_rows[-1]["global_step"]
+    assert rows[-1]["episodes"] == a2c_rows[-1]["episodes"]
+    assert all(float(row["staleness_max"]) == 0 for row in rows)
+
+
+def test_the_log_has_the_columns_of_a2c_and_the_staleness(tmp_path):
+    a3c.train(a3c.Args(num_workers=1, num_steps=512, total_timesteps=2100, run_dir="a3c"))
+    a2c.train(a2c.Args(num_steps=8, total_timesteps=128, run_dir="a2c"))
+    ours, theirs = rows_of("a3c"), rows_of("a2c")
+    assert set(ours[0]) == set(theirs[0]) | {"staleness_mean", "staleness_max"}
+    assert [int(row["global_step"]) for row in ours] == [1024, 2048]
+    assert json.loads(Path("a3c/args.json").read_text())["num_workers"] == 1
+
+
+# The shared update.
+
+
+@needs_fork
+def test_the_gradients_1_2_3_4_are_applied_as_1_2_3_4(monkeypatch, tmp_path):
+    def forward(self, obs):
+        # The policy loss is -mean(log pi * A). With A = 1 and log pi = -k * (sum of the parameters), its gradient is k.
+        total = sum(parameter.sum() for parameter in self.parameters())
+        if torch.is_grad_enabled():
+            self.updates = getattr(self, "updates", 0) + 1
+        dist = torch.distributions.Categorical(logits=torch.zeros(*obs.shape[:-1], 2))
+        dist.log_prob = lambda actions: -getattr(self, "updates", 0) * total.expand(actions.shape)
+        return dist, 0 * total.expand(obs.shape[:-1])
+
+    def step(self):
+        gradient = self.param_groups[0]["params"][0].grad
+        with open(tmp_path / "gradients", "a") as file:
+            print(*gradient.unique().tolist(), file=file)
+        self.state[self.param_groups[0]["params"][0]].setdefault("step", torch.zeros(()))
+
+    monkeypatch.setattr(a3c.Agent, "forward", forward)
+    monkeypatch.setattr(a3c, "compute_gae", lambda rewards, *args: np.ones_like(rewards))
+    monkeypatch.setattr(torch.optim.RMSprop, "step", step)
+    a3c.train(a3c.Args(num_workers=1, num_steps=8, total_timesteps=32, max_grad_norm=float("inf"), vf_coef=0.0))
+    assert (tmp_path / "gradients").read_text().split() == ["0.0", "1.0", "2.0", "3.0", "4.0"]
+
+
+@pytest.mark.parametrize("start_method", METHODS)
+def test_the_state_of_the_optimizer_is_shared(start_method, optimizers):
+    flags = {"num_workers": 2, "num_steps": 8, "start_method": start_method}
+    agent = a3c.train(a3c.Args(total_timesteps=16, **flags))
+    (state,) = optimizers[0].state.values()
+    assert state["step"] == 2
+    assert (state["square_avg"] > 0).float().mean() > 0.9
+    assert all(parameter.is_shared() for parameter in agent.parameters())
+
+
+@pytest.mark.parametrize("lock", [True, False])
+def test_no_update_is_lost_with_a_lock_and_few_without(lock, optimizers):
+    # Without a lock, two workers may read the count of steps at once, and write the same number.
+    a3c.train(a3c.Args(num_workers=2, num_steps=4, total_timesteps=8000, lock=lock))
+    (state,) = optimizers[0].state.values()
+    assert state["step"] == 2000 if lock else 1900 < state["step"] <= 2000
+
+
+def test_two_workers_share_the_observation_and_return_statistics():
+    flags = {"num_workers": 2, "num_steps": 8, "total_timesteps": 640, "normalize_obs": True, "normalize_reward": True}
+    agent = a3c.train(a3c.Args(**flags, run_dir="run"))
+    transitions = 640 - sum(1 for _ in range(int(rows_of("run")[-1]["episodes"])))
+    for statistics in (agent.obs_statistics, agent.return_statistics):
+        assert transitions <= statistics.count <= transitions + 2  # a last episode's reset may not have come yet
+
+
+def test_a_gradient_is_stale_by_the_updates_of_the_others():
+    a3c.train(a3c.Args(num_workers=2, num_steps=4, total_timesteps=4096, run_dir="run"))
+    rows = rows_of("run")
+    assert 0.5 < np.mean([float(row["staleness_mean"]) for row in rows]) < 2
+    assert all(float(row["staleness_max"]) >= float(row["staleness_mean"]) for row in rows)
+
+
+@pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "Pendulum-v1"])
+def test_images_and_box_actions_train(env_id):
+    if env_id.startswith("ALE/"):
+        pytest.importorskip("ale_py")
+    agent = a3c.train(a3c.Args(env_id, num_workers=2, num_steps=8, total_timesteps=64))
+    assert all(torch.isfinite(parameter).all() for parameter in agent.parameters())
+
+
+# Processes and their ends. The environments of this module note in a file which processes they live in.
+
+ENVIRONMENTS = """
+import os, signal, sys, time
+import gymnasium as gym, numpy as np, torch
+
+class Counter(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        self.steps = 0
+        with open("processes", "a") as file:
+            print(os.getpid(), torch.get_num_threads(), file=file)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 100:
+            self.fail()
+        return np.zeros(2, np.float32), 1.0, False, False, {}
+
+    def fail(self):
+        pass
+
+class Raises(Counter):
+    def fail(self):
+        raise ValueError("the environment is broken")
+
+class Dies(Counter):
+    def fail(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class GivesNan(Counter):
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, float("nan") if self.steps == 100 else 1.0, *rest
+
+for env in (Counter, Raises, Dies, GivesNan):
+    gym.register(f"{env.__name__}-v0", env)
+"""
+
+
+def start(tmp_path, env, *flags):
+    (tmp_path / "environments.py").write_text(ENVIRONMENTS)
+    command = [sys.executable, ROOT / "a3c.py", "--env-id", f"environments:{env}-v0", "--num-workers", "2"]
+    command += ["--total-timesteps", "1000000000", "--run-dir", "run", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process, seconds=30):
+    out, error = process.communicate(timeout=seconds)
+    for line in Path("processes").read_text().splitlines():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(line.split()[0]), 0)
+    return process.returncode, out, error
+
+
+@pytest.mark.parametrize("start_method", METHODS)
+@pytest.mark.parametrize(
+    "env, message", [("Raises", "ValueError: the environment is broken"), ("Dies", "SIGKILL"), ("GivesNan", "reward[0] is nan")]
+)
+def test_a_worker_that_fails_ends_the_run(tmp_path, env, message, start_method):
+    code, out, error = finish(start(tmp_path, env, "--start-method", start_method))
+    assert code == 1
+    assert error.count(message) == 1
+    assert error.count("Traceback") == (0 if env == "Dies" else 1)
+    assert out == ""
+
+
+@pytest.mark.parametrize("start_method", METHODS)
+@pytest.mark.parametrize("to_all", [True, False])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_the_run_and_keep_its_log(tmp_path, number, code, to_all, start_method):
+    if to_all and number == signal.SIGTERM:
+        pytest.skip("a terminal sends Ctrl-C to all of its processes, and nobody sends them SIGTERM")
+    process = start(tmp_path, "Counter", "--start-method", start_method)
+    wait_for_rows(5)
+    if to_all:
+        for line in Path("processes").read_text().splitlines():
+            os.kill(int(line.split()[0]), number)
+    process.send_signal(number)
+    assert finish(process)[0] == code
+    assert len(rows_of("run")) >= 5
+
+
+def wait_for_rows(count, seconds=30):
+    end = time.perf_counter() + seconds
+    while not Path("run/metrics.csv").exists() or len(rows_of("run")) < count:
+        assert time.perf_counter() < end
+        time.sleep(0.05)
+
+
+def test_a_worker_killed_from_outside_ends_the_run(tmp_path):
+    process = start(tmp_path, "Counter")
+    wait_for_rows(2)
+    os.kill(int(Path("processes").read_text().splitlines()[-1].split()[0]), signal.SIGKILL)
+    code, _, error = finish(process)
+    assert code == 1 and "SIGKILL" in error
+
+
+def test_each_worker_computes_with_one_thread(tmp_path, monkeypatch):
+    (tmp_path / "environments.py").write_text(ENVIRONMENTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    a3c.train(a3c.Args("environments:Counter-v0", num_workers=2, num_steps=8, total_timesteps=64))
+    processes = {tuple(line.split()) for line in Path("processes").read_text().splitlines()}
+    assert len(processes) == 2
+    assert {threads for _, threads in processes} == {"1"}
+
+
+def shared_files():
+    return set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
+
+
+def test_twenty_runs_in_a_row_leave_no_process_and_no_shared_memory_behind():
+    before = shared_files()
+    for _ in range(20):
+        a3c.train(a3c.Args(num_workers=2, num_steps=8, total_timesteps=16))
+    assert multiprocessing.active_children() == []
+    assert {name for name in shared_files() - before if name.startswith(("torch", "sem", "psm", "pym"))} == set()
+
+
+def test_a_number_of_workers_below_one_is_refused():
+    with pytest.raises(a3c.ConfigError, match="--num-workers must be at least 1"):
+        a3c.train(a3c.Args(num_workers=0))
+
+
+# Learning.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_default_flags_solve_cartpole(seed, capsys):
+    a3c.train(a3c.Args(seed=seed, num_workers=2))
+    assert float(capsys.readouterr().out.split("return ")[1].split(",")[0]) >= 475
