@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import gymnasium as gym
@@ -275,17 +276,19 @@ class Agent(nn.Module):
     def forward(self, obs):
         """The policy pi(. | s), as a distribution over actions, and the value V(s)."""
         features = self.encode(obs)
-        outputs, value = self.actor(features), self.critic(features).squeeze(-1)
-        if self.log_std is None:
-            return Categorical(logits=outputs, validate_args=False), value
-        mean = outputs.reshape(*value.shape, *self.log_std.shape)
-        return Independent(Normal(mean, self.log_std.exp(), validate_args=False), self.log_std.ndim), value
+        return self.make_dist(self.actor(features)), self.critic(features).squeeze(-1)
 
     def get_dist(self, obs):
-        return self(obs)[0]
+        return self.make_dist(self.actor(self.encode(obs)))
 
     def get_value(self, obs):
-        return self(obs)[1]
+        return self.critic(self.encode(obs)).squeeze(-1)
+
+    def make_dist(self, outputs):
+        if self.log_std is None:
+            return Categorical(logits=outputs, validate_args=False)
+        mean = outputs.reshape(*outputs.shape[:-1], *self.log_std.shape)
+        return Independent(Normal(mean, self.log_std.exp(), validate_args=False), self.log_std.ndim)
 
 
 class NumpyPolicy:
@@ -493,7 +496,7 @@ def train(args):
         check_finite(global_step, **{name: metrics[name] for name in names})
         if rank == 0:
             log.write(metrics)
-        last_return = f"return {np.mean(episodes[-100:], axis=0)[0]:.1f}" if episodes else "no episode has ended"
+        last_return = f"return {fmean(r for r, _ in episodes[-100:]):.1f}" if episodes else "no episode has ended"
         bar.set_postfix_str(last_return, refresh=False)
         bar.update(T * N * world_size)
 

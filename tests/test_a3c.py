@@ -236,7 +236,8 @@ def finish(process, seconds=30):
 
 @pytest.mark.parametrize("start_method", METHODS)
 @pytest.mark.parametrize(
-    "env, message", [("Raises", "ValueError: the environment is broken"), ("Dies", "SIGKILL"), ("GivesNan", "reward[0] is nan")]
+    "env, message",
+    [("Raises", "ValueError: the environment is broken"), ("Dies", "SIGKILL"), ("GivesNan", "reward[0] is nan")],
 )
 def test_a_worker_that_fails_ends_the_run(tmp_path, env, message, start_method):
     code, out, error = finish(start(tmp_path, env, "--start-method", start_method))
