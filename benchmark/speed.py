@@ -39,9 +39,9 @@ SPEED_ROWS = (
      ("A2C", "CartPole-v1", 16, 80_000, {"n_steps": 5})),
     ("A3C CartPole-v1, 2 workers; 1 worker", "a3c.py --num-workers 2 --total-timesteps 120000",
      "a3c.py --num-workers 1 --total-timesteps 60000"),
-    ("A2C HalfCheetah-v5, torchrun 2 x 4 envs; 1 x 4",
-     "2 a2c.py --env-id HalfCheetah-v5 --num-envs 4 --num-steps 64 --total-timesteps 64000",
-     "a2c.py --env-id HalfCheetah-v5 --num-envs 4 --num-steps 64 --total-timesteps 32000"),
+    ("A2C HalfCheetah-v5, torchrun 2 x 16 envs; 1 x 16",
+     "2 a2c.py --env-id HalfCheetah-v5 --num-envs 16 --num-steps 128 --total-timesteps 163840",
+     "a2c.py --env-id HalfCheetah-v5 --num-envs 16 --num-steps 128 --total-timesteps 81920"),
 )  # fmt: skip
 
 # The settings of the RL zoo for CartPole-v1.

@@ -188,7 +188,7 @@ class Counter(gym.Env):
     def reset(self, seed=None, options=None):
         self.steps = 0
         with open("processes", "a") as file:
-            print(os.getpid(), torch.get_num_threads(), file=file)
+            print(os.getpid(), torch.get_num_threads(), seed, file=file)
         return np.zeros(2, np.float32), {}
 
     def step(self, action):
@@ -278,13 +278,14 @@ def test_a_worker_killed_from_outside_ends_the_run(tmp_path):
     assert code == 1 and "SIGKILL" in error
 
 
-def test_each_worker_computes_with_one_thread(tmp_path, monkeypatch):
+def test_each_worker_has_one_thread_and_a_seed_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "environments.py").write_text(ENVIRONMENTS)
     monkeypatch.syspath_prepend(tmp_path)
-    a3c.train(a3c.Args("environments:Counter-v0", num_workers=2, num_steps=8, total_timesteps=64))
-    processes = {tuple(line.split()) for line in Path("processes").read_text().splitlines()}
-    assert len(processes) == 2
-    assert {threads for _, threads in processes} == {"1"}
+    for seed in (1, 2):
+        a3c.train(a3c.Args("environments:Counter-v0", seed, num_workers=2, num_steps=8, total_timesteps=64))
+    processes, threads, seeds = zip(*(line.split() for line in Path("processes").read_text().splitlines()))
+    assert len(set(processes)) == len(set(seeds)) == 4
+    assert set(threads) == {"1"}
 
 
 def shared_files():

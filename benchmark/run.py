@@ -1,0 +1,128 @@
+"""Train what runs.txt lists with several seeds, keep what was logged, and print a table of it.
+
+    python benchmark/run.py                       # every run, seeds 1 to 5, as many at once as there are cores
+    python benchmark/run.py --only ppo-HalfCheetah --jobs 1
+    python benchmark/run.py --jobs 0              # the table alone
+
+A run leaves benchmark/results/<name>/<seed>/ with metrics.csv, thinned to 200 rows, and run.json: the command, the
+summary line, the seconds, the versions and the processor. What is there is not run again, so the suite can be stopped
+and continued at any time.
+"""
+
+import csv
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import tyro
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Args:
+    only: str = ""  # only the runs whose names begin so
+    seeds: int = 5  # seeds 1 to this
+    jobs: int = os.cpu_count() or 1  # processes at once
+
+
+def read_runs():
+    """The commands of runs.txt by the name of the run; a line `$name = flags` defines what `$name` stands for."""
+    commands, variables = {}, {}
+    for line in (HERE / "runs.txt").read_text().splitlines():
+        if line.startswith("$"):
+            name, value = line.split(" = ")
+            variables[name] = value
+        elif line and not line.startswith("#"):
+            name, *command = line.split()
+            commands[name] = [flag for word in command for flag in variables.get(word, word).split()]
+    return commands
+
+
+def thin(path, num_rows=200):
+    """Merge the rows of metrics.csv at `path` to `num_rows`: returns become means over the episodes of all merged."""
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    group_size, last_episodes, thinned = -(-len(rows) // num_rows), 0, []
+    for i in range(0, len(rows), group_size):
+        group, total = rows[i : i + group_size], 0.0
+        for row in group:
+            total += (int(row["episodes"]) - last_episodes) * float(row["episodic_return"] or 0)
+            last_episodes = int(row["episodes"])
+        count = last_episodes - (int(thinned[-1]["episodes"]) if thinned else 0)
+        thinned.append(group[-1] | {"episodic_return": total / count if count else ""})
+    columns = ("global_step", "wall_time", "episodes", "episodic_return")
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(thinned)
+
+
+def train(name, command, seed):
+    folder = HERE / "results" / name / str(seed)
+    if folder.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=HERE) as temporary:
+        run_dir, start = Path(temporary, "run"), time.perf_counter()
+        words = [sys.executable, HERE.parent / command[0], *command[1:], "--seed", str(seed), "--run-dir", run_dir]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=temporary)
+        if done.returncode:
+            print(f"{name}, seed {seed}: {done.stderr[-500:]}", flush=True)
+            return
+        summary = done.stdout.strip().rpartition(",")[0]
+        about = {
+            "command": f"python {' '.join(command)} --seed {seed}",
+            "summary": summary,
+            "final_return": float(re.search(r"return (\S+),", summary)[1]),
+            "seconds": round(time.perf_counter() - start, 1),
+            "packages": {package: version(package) for package in ("torch", "gymnasium", "numpy")},
+            "python": platform.python_version(),
+            "processor": processor(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        thin(run_dir / "metrics.csv")
+        (run_dir / "args.json").unlink()
+        (run_dir / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        run_dir.rename(folder)
+        print(f"{name}, seed {seed}: {summary}", flush=True)
+
+
+def processor():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def print_table(runs):
+    """Mean and standard deviation over seeds of the mean return of a run's last 100 episodes, and the median time."""
+    for name in runs:
+        results = [json.loads(path.read_text()) for path in sorted((HERE / "results" / name).glob("*/run.json"))]
+        if len(results) > 1:
+            returns = [result["final_return"] for result in results]
+            seconds = statistics.median(result["seconds"] for result in results)
+            mean, std = statistics.mean(returns), statistics.stdev(returns)
+            print(f"{name:25}{mean:9.1f} ± {std:<8.1f}{len(results):3} seeds{seconds:8.0f} s")
+
+
+def main(args):
+    runs = {name: command for name, command in read_runs().items() if name.startswith(args.only)}
+    if args.jobs:
+        jobs = [(name, command, seed) for seed in range(1, args.seeds + 1) for name, command in runs.items()]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(train, *zip(*jobs)))
+    print_table(runs)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
