@@ -15,20 +15,25 @@ With one worker, A3C is A2C with one environment, to the last bit:
     python a3c.py --num-workers 1
     python a2c.py --num-envs 1 --num-steps 64
 
-Read `worker` first, whose phases are the algorithm, then `train`, `compute_gae` and `Agent`.
+Read `worker` first, whose phases are the algorithm, then `train`, `compute_gae` and `Agent`. What stands below `train`
+keeps the run going: checks of the arguments, evaluation, checkpoints and the log.
 
 Arrays are time-major: T is `num_steps`, N is `num_envs`, and (T, N) holds a number for each step of each environment.
 The prefix b_ marks the flat batch of a rollout's transitions.
 """
 
+import io
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
+import zipfile
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -42,7 +47,7 @@ import torch.multiprocessing as mp
 import torch.nn as nn
 import tyro
 from gymnasium.spaces import Box, Discrete
-from gymnasium.wrappers.vector import RecordEpisodeStatistics, TransformAction
+from gymnasium.wrappers.vector import RecordEpisodeStatistics, RecordVideo, TransformAction
 from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
@@ -73,7 +78,12 @@ class Args:
     start_method: Literal["fork", "spawn"] = "fork" if sys.platform == "linux" else "spawn"  # of the workers
 
     run_dir: str | None = None  # folder of the log; None: runs/<env_id>__<script>__<seed>__<time>
-    track: bool = False  # log to Weights & Biases, too
+    checkpoint_interval: int = 100  # rows of metrics.csv from one checkpoint.pt to the next; the end writes one, too
+    resume: str | None = None  # checkpoint.pt of a run to continue, with its settings, in its folder
+    eval_episodes: int = 0  # episodes to evaluate the agent on in the end; alone with --resume and 0 total_timesteps
+    eval_deterministic: bool = False  # evaluate the mode of the policy, not samples
+    capture_video: bool = False  # record episodes of the first environment to videos/ in the run folder
+    track: bool = False  # log to Weights & Biases, too, and end at once if that cannot start
     wandb_project_name: str = "advanced-policy-optimization"  # project of --track
     wandb_entity: str | None = None  # team of --track
 
@@ -82,35 +92,8 @@ class ConfigError(Exception):
     """Settings that cannot be trained with; the message is one line that names the flag and the remedy."""
 
 
-def check_args(args):
-    """Raise a ConfigError for the first setting that is out of range or does not fit the others."""
-    batch_size = args.num_envs * args.num_steps
-    rules = {
-        "--seed must be from 0 to 2147483647": 0 <= args.seed < 2**31,
-        "--num-workers must be at least 1": args.num_workers >= 1,
-        "--num-envs must be at least 1": args.num_envs >= 1,
-        "--num-steps must be at least 2, or 4 with one environment": args.num_steps >= (2 if args.num_envs > 1 else 4),
-        f"--total-timesteps must be at least one rollout, {batch_size}": args.total_timesteps >= batch_size,
-        "--clip-reward must be above 0": args.clip_reward is None or args.clip_reward > 0,
-        "--log-std-init must be from -20 to 20": -20 <= args.log_std_init <= 20,
-        "--learning-rate must be at least 0 and finite": 0 <= args.learning_rate < math.inf,
-        "--gamma must be from 0 to 1": 0 <= args.gamma <= 1,
-        "--gae-lambda must be from 0 to 1": 0 <= args.gae_lambda <= 1,
-        "--vf-coef must be at least 0 and finite": 0 <= args.vf_coef < math.inf,
-        "--ent-coef must be at least 0 and finite": 0 <= args.ent_coef < math.inf,
-        "--max-grad-norm must be above 0; inf turns the bound off": args.max_grad_norm > 0,
-    }
-    for rule, holds in rules.items():
-        if not holds:
-            raise ConfigError(rule)
-
-
-def check_finite(global_step, **quantities):
-    """Raise a FloatingPointError for the first quantity, given by name, that is NaN or infinite anywhere."""
-    for name, value in quantities.items():
-        if not np.isfinite(value).all():
-            index = np.argwhere(~np.isfinite(value))[0].tolist()  # of an array (N, ...): the environment first
-            raise FloatingPointError(f"{name}{index or ''} is {np.asarray(value)[tuple(index)]} at step {global_step}")
+class RunError(Exception):
+    """What ends a run besides its own errors: a full disk, or a process of the environments that was killed."""
 
 
 def make_envs(args):
@@ -124,11 +107,21 @@ def make_envs(args):
     mode = args.vectorization_mode or ("sync" if args.num_envs == 1 and not is_atari else None)
     mode = "vector_entry_point" if mode == "native" else mode
     kwargs = {"reward_clipping": False} if is_atari and mode in (None, "vector_entry_point") else {}
+    if mode == "async":
+        kwargs["wrappers"] = (ignore_ctrl_c,)
+    if args.capture_video:
+        kwargs["render_mode"] = "rgb_array"
     try:
         envs = gym.make_vec(f"ale_py:{env_id}" if is_atari else env_id, args.num_envs, mode, **kwargs)
-    except (gym.error.Error, ImportError) as error:
+        if args.capture_video:
+            import moviepy  # noqa: F401  which RecordVideo needs, but asks for only when an episode ends
+
+            envs.reset()
+            envs.render()
+    except Exception as error:
+        flag = f"--env-id {args.env_id}" + " --capture-video" * args.capture_video
         hint = " (pip install ale-py)" if is_atari and isinstance(error, ImportError) else ""
-        raise ConfigError(f"--env-id {args.env_id}: {' '.join(str(error).split())}{hint}") from error
+        raise ConfigError(f"{flag}: {' '.join(str(error).split())}{hint}") from error
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     autoreset_mode = envs.metadata.get("autoreset_mode")
     if not isinstance(obs_space, Box):
@@ -143,40 +136,6 @@ def make_envs(args):
     elif action_space.start != 0:
         envs = TransformAction(envs, partial(np.add, action_space.start))
     return envs
-
-
-class RunLog:
-    """The run folder, with args.json and metrics.csv; with --track, Weights & Biases gets the same metrics."""
-
-    def __init__(self, args):
-        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        self.dir, self.wandb = Path(args.run_dir or f"runs/{name}"), None
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.csv = open(self.dir / "metrics.csv", "x", buffering=1)
-            (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-        except OSError as error:
-            raise ConfigError(f"--run-dir {self.dir}: {error.strerror}; choose a new, writable folder") from error
-        if args.track:
-            import wandb
-
-            self.wandb, project = wandb, args.wandb_project_name
-            try:
-                wandb.init(project=project, entity=args.wandb_entity, name=name, config=vars(args), dir=self.dir)
-            except wandb.Error as error:
-                raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
-
-    def write(self, metrics):
-        if self.csv.tell() == 0:
-            print(*metrics, sep=",", file=self.csv)
-        print(*("" if value is None else value for value in metrics.values()), sep=",", file=self.csv)
-        if self.wandb:
-            self.wandb.log(metrics, step=metrics["global_step"])
-
-    def close(self):
-        self.csv.close()
-        if self.wandb:
-            self.wandb.finish()
 
 
 def layer_init(layer, std=2**0.5, bias=0.0):
@@ -215,6 +174,21 @@ class MLP(nn.Sequential):
             layer_init(nn.Linear(64, 64)), nn.Tanh(),
             layer_init(nn.Linear(64, num_outputs), std=std),
         )
+
+
+class DiagonalNormal(Independent):
+    """Normal actions whose dimensions are independent: PyTorch's distribution with fewer, faster operations."""
+
+    def __init__(self, mean, log_std):
+        super().__init__(Normal(mean, log_std.exp(), validate_args=False), log_std.ndim, validate_args=False)
+        self.log_std = log_std
+
+    def log_prob(self, actions):
+        scaled = ((actions - self.mean) / self.log_std.exp()).reshape(*self.batch_shape, -1)
+        return -0.5 * scaled.square().sum(-1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
+
+    def entropy(self):
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(self.batch_shape)
 
 
 class Agent(nn.Module):
@@ -277,7 +251,7 @@ class Agent(nn.Module):
         if self.log_std is None:
             return Categorical(logits=outputs, validate_args=False)
         mean = outputs.reshape(*outputs.shape[:-1], *self.log_std.shape)
-        return Independent(Normal(mean, self.log_std.exp(), validate_args=False), self.log_std.ndim)
+        return DiagonalNormal(mean, self.log_std)
 
 
 class NumpyPolicy:
@@ -347,20 +321,9 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
     return advantages
 
 
-def accumulate_rewards(rewards, resets, start, gamma):
-    """Sum the discounted rewards of each episode so far, (T, N), from `start`, (N,), on: what rewards are scaled by.
-
-    It is 0 at a reset, from where the next episode's begins.
-    """
-    discounted_returns, discounted_return = np.zeros_like(rewards), start
-    for t in range(len(rewards)):
-        discounted_returns[t] = discounted_return = np.where(resets[t], 0.0, rewards[t] + gamma * discounted_return)
-    return discounted_returns
-
-
 def claim(counter, end):
-    """Yield the numbers from 0 to end - 1, each to one of the processes that share the counter."""
-    while True:
+    """Yield the numbers up to `end`, each to one of the processes that share the counter, while their parent lives."""
+    while mp.parent_process().is_alive():
         with counter.get_lock():
             number = counter.value
             counter.value += 1
@@ -369,17 +332,23 @@ def claim(counter, end):
         yield number
 
 
-def worker(index, args, shared_agent, shared_theta, optimizer, num_rollouts, num_updates, lock, reports):
+def worker(
+    index, args, run_dir, global_step, shared_agent, shared_theta, optimizer, num_rollouts, num_updates, lock, reports
+):
     """Collect rollouts with a copy of the shared agent, and step the shared parameters along their gradients.
 
     The optimizer is that of shared_theta; its state and the numbers of rollouts and updates are shared, too. Each 1,024
     steps or so, the episodes that have ended and the diagnostics of each update go into `reports`.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes: the parent decides
     torch.set_num_threads(1)
     seed = args.seed * args.num_workers + index
     torch.manual_seed(seed)
     rng = np.random.default_rng((seed, 1))  # with seed alone, it would repeat the numbers of an environment
     envs = make_envs(args)
+    if args.capture_video and index == 0:
+        prefix = f"training-from-{global_step}"
+        envs = RecordVideo(envs, f"{run_dir}/videos", record_first_only=True, name_prefix=prefix)
     agent = Agent(envs, args.log_std_init, args.normalize_obs, args.normalize_reward)
     theta = flatten_parameters(agent)
     shared_theta.grad = theta.grad  # for good: it is cleared in place, and never set to None
@@ -395,10 +364,11 @@ def worker(index, args, shared_agent, shared_theta, optimizer, num_rollouts, num
     actions = np.zeros((T, N, *action_space.shape), action_dtype)
     rewards = np.zeros((T, N), np.float32)
     terminations = np.zeros((T, N), bool)
-    discounted_returns = np.zeros((T, N))
+    discounted_returns = np.zeros((T, N))  # of each episode so far, to scale rewards by
+
     # Gymnasium seeds environment i with seed + i. So spaced, neighbouring runs share none; Atari takes 31 bits.
-    obs[-1], _ = envs.reset(seed=seed * N % (2**31 - N))
-    check_finite(0, observation=obs[-1])
+    obs[-1], _ = envs.reset(seed=(seed * N + global_step) % (2**31 - N))
+    check_finite(global_step, observation=obs[-1])
 
     num_iterations = args.total_timesteps // (T * N)
     updates_per_report = math.ceil(1024 / (T * N))
@@ -406,39 +376,43 @@ def worker(index, args, shared_agent, shared_theta, optimizer, num_rollouts, num
     for iteration in claim(num_rollouts, num_iterations):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
-
-        # Collect a rollout.
         with update_lock:
             theta.data.copy_(shared_theta)
             for buffer, shared_buffer in zip(agent.buffers(), shared_agent.buffers()):
                 buffer.copy_(shared_buffer)
             num_updates_before = num_updates.value
+
+        # Collect a rollout.
         obs[0], dones[0] = obs[-1], dones[-1]
         policy = NumpyPolicy(agent)
         for step in range(T):
             actions[step] = policy.sample(obs[step], rng)
             obs[step + 1], rewards[step], terminations[step], truncations, infos = envs.step(actions[step])
             dones[step + 1] = terminations[step] | truncations
-            check_finite(iteration * T * N + (step + 1) * N, observation=obs[step + 1], reward=rewards[step])
+            check_finite((iteration * T + step + 1) * N, observation=obs[step + 1], reward=rewards[step])
             if "episode" in infos:
                 ended = infos["_episode"]
                 episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
+            if args.normalize_reward:
+                so_far = rewards[step] + args.gamma * discounted_returns[step - 1]  # row -1 is of the last rollout
+                discounted_returns[step] = np.where(dones[step], 0.0, so_far)
 
         # Estimate advantages and returns.
         is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
         if args.normalize_reward:
-            discounted_returns = accumulate_rewards(rewards, dones[:-1], discounted_returns[-1], args.gamma)
             with lock:
                 shared_agent.return_statistics.update(discounted_returns[is_transition])
                 rewards /= math.sqrt(shared_agent.return_statistics.var + 1e-8)
         if args.clip_reward is not None:
             np.clip(rewards, -args.clip_reward, args.clip_reward, out=rewards)
-        all_obs = torch.as_tensor(obs)
+        all_obs = torch.tensor(obs)
         with torch.no_grad():
             values = agent.get_value(all_obs).numpy(force=True)  # (T + 1, N)
-        advantages = compute_gae(rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda)
+        advantages = compute_gae(
+            rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
+        )
         b_obs, b_actions, b_values, b_advantages, b_returns = (
-            torch.as_tensor(x[is_transition])
+            torch.tensor(x[is_transition])
             for x in (obs[:-1], actions, values[:-1], advantages, advantages + values[:-1])
         )
         explained_variance = 1 - (b_returns - b_values).var(correction=0) / b_returns.var(correction=0)
@@ -471,28 +445,38 @@ def worker(index, args, shared_agent, shared_theta, optimizer, num_rollouts, num
     envs.close()
 
 
-def arrivals(workers, reports):
-    """Yield the reports until all workers have ended; if one fails or is killed, end the others and raise."""
+def arrivals(workers, reports, run, num_rollouts, num_iterations):
+    """Yield the reports until all workers have ended, which is soon once the run is to stop; no worker outlives this.
+
+    If a worker fails or is killed, raise.
+    """
     are_done = False
-    while not are_done:
-        are_done = workers.join(timeout=0.05)
-        while not reports.empty():
-            yield reports.get()
+    try:
+        while not are_done:
+            are_done = workers.join(timeout=0.05)
+            if run.signal:
+                num_rollouts.value = num_iterations  # there are none left to claim
+            while not reports.empty():
+                yield reports.get()
+    finally:
+        for process in workers.processes:
+            process.kill()
+            process.join()
 
 
 def train(args):
-    """Train an Agent as `args` say, write its log to a run folder, and return the agent.
+    """Train an Agent as `args` say, write its log and checkpoints to a run folder, and return the agent.
 
-    Raises a ConfigError before it begins, a FloatingPointError as soon as something is not finite, and a
-    ProcessException of torch.multiprocessing, with the traceback, as soon as a worker has failed or was killed.
+    Raises a ConfigError before it begins, a ProcessException of torch.multiprocessing, with the traceback, as soon as a
+    worker has failed or was killed, and a SystemExit once the workers have ended upon Ctrl-C or SIGTERM.
     """
-    check_args(args)
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    check_args(args, checkpoint=checkpoint)
     torch.manual_seed(args.seed)
     envs = make_envs(args)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more threads would slow small networks down
     agent = Agent(envs, args.log_std_init, args.normalize_obs, args.normalize_reward)
-    envs.close()
     theta = flatten_parameters(agent)
     if args.optimizer == "rmsprop":
         optimizer = torch.optim.RMSprop([theta], lr=args.learning_rate, alpha=0.99, eps=1e-5)
@@ -500,27 +484,35 @@ def train(args):
         optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
     optimizer.step()  # along a gradient of 0: this makes the optimizer's state, which would else be each worker's own
     optimizer.state[theta]["step"].zero_()
+
+    rollout_size = args.num_steps * args.num_envs
+    num_iterations = args.total_timesteps // rollout_size
+    first_iteration, global_step, num_episodes, last_returns, seconds = 0, 0, 0, [], 0.0
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first_iteration, global_step, num_episodes, last_returns, seconds = checkpoint["progress"]
     for tensor in (theta, *agent.buffers(), *optimizer.state[theta].values()):
         tensor.share_memory_()
 
-    log = RunLog(args)
-
-    context = mp.get_context(args.start_method)
-    num_rollouts, num_updates, lock = context.Value("q"), context.Value("q"), context.Lock()
-    reports = context.SimpleQueue()
-    shared = (args, agent, theta, optimizer, num_rollouts, num_updates, lock, reports)
-    workers = mp.start_processes(worker, shared, args.num_workers, join=False, start_method=args.start_method)
-
-    rollout_size = args.num_steps * args.num_envs
-    total_timesteps = args.total_timesteps // rollout_size * rollout_size
-    global_step, episodes = 0, []  # episodes: (return, length) of each that has ended
-    bar = tqdm(total=total_timesteps, desc=args.env_id, unit="step", unit_scale=True)
-    start_time = time.perf_counter()
-    try:
-        for new_episodes, diagnostics in arrivals(workers, reports):
+    is_main = first_iteration < num_iterations
+    run = Run(args, envs, checkpoint, is_main)
+    total_timesteps, start_time = num_iterations * rollout_size, time.perf_counter() - seconds
+    bar = tqdm(
+        total=total_timesteps, initial=global_step, desc=args.env_id, unit="step", unit_scale=True, disable=not is_main
+    )
+    with run, bar:
+        context = mp.get_context(args.start_method)
+        num_rollouts, num_updates = context.Value("q", first_iteration), context.Value("q", first_iteration)
+        lock, reports, num_rows = context.Lock(), context.SimpleQueue(), 0
+        shared = (args, run.dir, global_step, agent, theta, optimizer, num_rollouts, num_updates, lock, reports)
+        num_workers = args.num_workers if is_main else 0
+        workers = mp.start_processes(worker, shared, num_workers, join=False, start_method=args.start_method)
+        for new_episodes, diagnostics in arrivals(workers, reports, run, num_rollouts, num_iterations):
             # Log.
             global_step += len(diagnostics) * rollout_size
-            episodes += new_episodes
+            num_episodes += len(new_episodes)
+            last_returns = [*last_returns, *(r for r, _ in new_episodes)][-100:]
             names = ("policy_loss", "value_loss", "entropy", "explained_variance", "learning_rate", "staleness_mean")
             means = dict(zip(names, np.mean(diagnostics, axis=0).tolist()))
             seconds = time.perf_counter() - start_time
@@ -529,36 +521,237 @@ def train(args):
                 "global_step": global_step,
                 "wall_time": round(seconds, 3),
                 "sps": round(global_step / seconds),
-                "episodes": len(episodes),
+                "episodes": num_episodes,
                 "episodic_return": mean_return,
                 "episodic_length": mean_length,
                 **means,
                 "staleness_max": max(staleness for *_, staleness in diagnostics),
             }
+            run.state = None
             check_finite(global_step, **{name: metrics[name] for name in names[:3]})
-            log.write(metrics)
-            last_return = f"return {fmean(r for r, _ in episodes[-100:]):.1f}" if episodes else "no episode has ended"
+            run.write(metrics)
+            last_return = f"return {fmean(last_returns):.1f}" if last_returns else "no episode has ended"
             bar.set_postfix_str(last_return, refresh=False)
             bar.update(len(diagnostics) * rollout_size)
-    finally:
-        for process in workers.processes:
-            process.kill()
-            process.join()
-        bar.close()
-        log.close()
-        torch.set_num_threads(num_threads)
-    print(f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s, {log.dir}")
+            run.state = {
+                "progress": (global_step // rollout_size, global_step, num_episodes, last_returns, seconds),
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            num_rows += 1
+            if num_rows % args.checkpoint_interval == 0:
+                with lock:
+                    run.save()
+        if is_main:
+            run.save()
+
+    torch.set_num_threads(num_threads)
+    if is_main:
+        note = ", resumed with new episodes" if checkpoint else ""
+        print(f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s{note}, {run.dir}")
+    if run.signal:
+        print(f"go on: python {Path(__file__).name} --resume {run.dir}/checkpoint.pt")
+        sys.exit(128 + run.signal)
+    if args.eval_episodes > 0:
+        evaluate(agent, args, run.dir)
     return agent
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+def check_args(args, checkpoint=None):
+    """Raise a ConfigError for the first setting that is out of range, or does not fit the others or the checkpoint."""
+    batch_size = 0 if args.resume else args.num_envs * args.num_steps
+    fewest_steps = 2 if args.num_envs > 1 else 4
+    rules = {
+        "from 0 to 2147483647": (("seed",), lambda x: 0 <= x < 2**31),
+        "at least 1": (("num_workers", "num_envs", "checkpoint_interval"), lambda x: x >= 1),
+        f"at least {fewest_steps} with so many environments": (("num_steps",), lambda x: x >= fewest_steps),
+        f"at least one rollout, {batch_size}": (("total_timesteps",), lambda x: x >= batch_size),
+        "from -20 to 20": (("log_std_init",), lambda x: -20 <= x <= 20),
+        "from 0 to 1": (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1),
+        "at least 0 and finite": (("learning_rate", "vf_coef", "ent_coef"), lambda x: 0 <= x < math.inf),
+        "above 0": (("clip_reward",), lambda x: x is None or x > 0),
+        "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),
+        "at least 0": (("eval_episodes",), lambda x: x >= 0),
+    }  # fmt: skip
+    for rule, (names, holds) in rules.items():
+        for name in names:
+            if not holds(getattr(args, name)):
+                raise ConfigError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(args, name)}")
+    may_change = "total_timesteps checkpoint_interval resume eval_episodes eval_deterministic capture_video track"
+    for name, value in checkpoint["args"].items() if checkpoint else ():
+        if getattr(args, name) != value and name not in may_change.split():
+            raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
+
+
+def ignore_ctrl_c(env):
+    """Leave Ctrl-C, which a terminal sends to all processes, to the one that trains."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return env
+
+
+def check_finite(global_step, **quantities):
+    """Raise a FloatingPointError for the first quantity, given by name, that is NaN or infinite anywhere."""
+    for name, value in quantities.items():
+        if not np.isfinite(value).all():
+            index = np.argwhere(~np.isfinite(value))[0].tolist()  # of an array (N, ...): the environment first
+            raise FloatingPointError(f"{name}{index or ''} is {np.asarray(value)[tuple(index)]} at step {global_step}")
+
+
+def evaluate(agent, args, run_dir):
+    """Play `eval_episodes` whole episodes with the agent as it is, print their mean return, and write eval.json.
+
+    Each environment has its quota of them: the first so many to end, of all, would be the short ones.
+    """
+    num_episodes, N = args.eval_episodes, min(args.num_envs, args.eval_episodes)
+    envs = make_envs(replace(args, num_envs=N))
+    if args.capture_video:
+        envs = RecordVideo(envs, f"{run_dir}/videos", record_first_only=True, name_prefix="evaluation")
+    returns, quotas = [[] for _ in range(N)], [num_episodes // N + (i < num_episodes % N) for i in range(N)]
+    torch.manual_seed(args.seed)
+    obs, _ = envs.reset(seed=int(np.random.default_rng((args.seed, 2)).integers(2**31 - N)))  # none of training's
+    while any(len(ours) < quota for ours, quota in zip(returns, quotas)):
+        with torch.no_grad():
+            dist = agent.get_dist(torch.as_tensor(obs, device=next(agent.parameters()).device))
+            actions = dist.mode if args.eval_deterministic else dist.sample()
+        obs, _, _, _, infos = envs.step(actions.numpy(force=True))
+        for i in np.flatnonzero(infos.get("_episode", False)):
+            if len(returns[i]) < quotas[i]:
+                returns[i].append(infos["episode"]["r"][i].item())
+    envs.close()
+    returns = np.concatenate(returns)
+    mean, std = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else 0.0
+    nu, z = max(num_episodes - 1, 1), 1.96  # the expansion of Student's t in 1 / nu
+    half = (z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)) * std / num_episodes**0.5
+    print(f"evaluation: return {mean:.1f}, std {std:.1f}, 95 % interval {mean - half:.1f} to {mean + half:.1f}")
+    results = {"mean": mean, "std": std, "interval_95": [mean - half, mean + half], "returns": returns.tolist()}
+    (run_dir / "eval.json").write_text(json.dumps(results, indent=2))
+
+
+def load_checkpoint(path):
+    """Read what `Run.save` wrote, or raise a ConfigError. Nothing in a checkpoint is run as code."""
     try:
-        train(tyro.cli(Args))
+        if zipfile.ZipFile(path).testzip() is not None:  # the first part whose checksum is wrong
+            raise ValueError("it is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != Path(__file__).stem:
+            raise ValueError(f"{checkpoint['script']}.py wrote it")
+        Args(**checkpoint["args"])
+        return checkpoint
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"--resume {path} is no checkpoint of this script: {reason}") from error
+
+
+class Run:
+    """The folder of a run, with metrics.csv, checkpoint.pt and args.json, and the end of all that a run has started.
+
+    Ctrl-C or SIGTERM sets `signal`, upon which `train` ends after the iteration; a second one acts at once. If a run
+    fails while `state` is set, as it is in a rollout, that is saved.
+    """
+
+    def __init__(self, args, envs, checkpoint, is_main):
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+        self.args, self.envs, self.is_main, self.videos = args, envs, is_main, set()
+        self.signal = self.state = self.wandb = self.csv = None
+        if not is_main:
+            return
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.csv = open(self.dir / "metrics.csv", "r+" if checkpoint else "x", buffering=1)
+            if checkpoint:  # rows that were written after it are about to come again
+                self.csv.seek(self.csv.truncate(checkpoint["csv_size"]))
+            (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+        except OSError as error:
+            flag = f"--resume {args.resume}" if checkpoint else f"--run-dir {self.dir}"
+            raise ConfigError(f"{flag}: {error.strerror}; choose a new, writable folder") from error
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name}
+            names |= {"id": checkpoint["wandb_id"], "resume": "must"} if checkpoint and checkpoint["wandb_id"] else {}
+            try:
+                self.wandb, self.wandb_video = wandb.init(**names, config=vars(args), dir=self.dir), wandb.Video
+            except wandb.Error as error:
+                raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
+
+    def __enter__(self):
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def receive(self, number, frame):
+        self.signal = number
+        signal.signal(number, self.handlers[number])
+
+    def write(self, metrics):
+        """Write a row of metrics.csv, and send it to Weights & Biases with the videos that are new."""
+        try:
+            if self.csv.tell() == 0:
+                print(*metrics, sep=",", file=self.csv)
+            print(*("" if value is None else value for value in metrics.values()), sep=",", file=self.csv)
+        except OSError as error:
+            raise RunError(f"{self.csv.name}: {error.strerror}") from error
+        if self.wandb:
+            try:
+                videos = set(self.dir.glob("videos/*.mp4")) - self.videos
+                self.wandb.log(metrics | {path.stem: self.wandb_video(str(path)) for path in videos})
+                self.videos |= videos
+            except Exception as error:
+                tqdm.write(f"--track: {error}; training goes on without it", file=sys.stderr)
+                self.wandb = None
+
+    def save(self, processes=None):
+        """Write checkpoint.pt such that a kill at any moment leaves a whole one, this or the one before."""
+        buffer, path, temporary = io.BytesIO(), self.dir / "checkpoint.pt", self.dir / "checkpoint.tmp"
+        about = {"script": Path(__file__).stem, "args": vars(self.args), "csv_size": self.csv.tell()}
+        about |= {"wandb_id": self.wandb.id if self.wandb else None, "processes": processes}
+        torch.save(about | self.state, buffer)
+        try:
+            os.fsync(self.csv.fileno())
+            with open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise RunError(f"{path}: {error.strerror}; the one before is whole") from error
+
+    def __exit__(self, kind, error, traceback):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        processes = getattr(self.envs.unwrapped, "processes", ())
+        if error or not all(process.is_alive() for process in processes):
+            for process in processes:  # asked to close, one that hangs or has died might never answer
+                process.kill()
+                process.join()
+            self.envs.unwrapped.closed = True
+        self.envs.close()
+        if self.is_main:
+            if error and self.state:
+                self.save()
+            self.csv.close()
+            if self.wandb:
+                self.wandb.finish(exit_code=int(error is not None))
+        if error and self.signal:
+            sys.exit(128 + self.signal)
+        if processes and isinstance(error, (EOFError, ConnectionError)):
+            raise RunError("a process of --vectorization-mode async has died") from error
+
+
+if __name__ == "__main__":
+    try:
+        args = tyro.cli(Args)
+        if args.resume:  # flags that are not given stay as they were
+            args = tyro.cli(Args, default=Args(**{**load_checkpoint(args.resume)["args"], "resume": args.resume}))
+        train(args)
     except ConfigError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (FloatingPointError, mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+    except (FloatingPointError, RunError, mp.ProcessRaisedException, mp.ProcessExitedException) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,18 +9,24 @@
     python ppo.py --help                # every flag, its meaning and its default
     torchrun --nproc-per-node 2 ppo.py  # two processes, each with num_envs environments, average their gradients
 
-Read `train` first, whose four phases are the algorithm, then `compute_gae` and `Agent`.
+Read `train` first, whose four phases are the algorithm, then `compute_gae` and `Agent`. What stands below `train` keeps
+the run going: checks of the arguments, processes, evaluation, checkpoints and the log.
 
 Arrays are time-major: T is `num_steps`, N is `num_envs`, and (T, N) holds a number for each step of each environment.
 The prefix b_ marks the flat batch of a rollout's transitions, mb_ a minibatch of it.
 """
 
+import io
 import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
-from dataclasses import dataclass
+import zipfile
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -33,7 +39,7 @@ import torch
 import torch.nn as nn
 import tyro
 from gymnasium.spaces import Box, Discrete
-from gymnasium.wrappers.vector import RecordEpisodeStatistics, TransformAction
+from gymnasium.wrappers.vector import RecordEpisodeStatistics, RecordVideo, TransformAction
 from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
@@ -68,7 +74,12 @@ class Args:
     max_grad_norm: float = 0.5  # bound on the global norm of the gradient; inf turns it off
 
     run_dir: str | None = None  # folder of the log; None: runs/<env_id>__<script>__<seed>__<time>
-    track: bool = False  # log to Weights & Biases, too
+    checkpoint_interval: int = 100  # iterations from one checkpoint.pt to the next; the end always writes one
+    resume: str | None = None  # checkpoint.pt of a run to continue, with its settings, in its folder
+    eval_episodes: int = 0  # episodes to evaluate the agent on in the end; alone with --resume and 0 total_timesteps
+    eval_deterministic: bool = False  # evaluate the mode of the policy, not samples
+    capture_video: bool = False  # record episodes of the first environment to videos/ in the run folder
+    track: bool = False  # log to Weights & Biases, too, and end at once if that cannot start
     wandb_project_name: str = "advanced-policy-optimization"  # project of --track
     wandb_entity: str | None = None  # team of --track
     cuda: bool = False  # train on the GPU, which pays for images and not for vectors
@@ -79,43 +90,8 @@ class ConfigError(Exception):
     """Settings that cannot be trained with; the message is one line that names the flag and the remedy."""
 
 
-def check_args(args, world_size=1):
-    """Raise a ConfigError for the first setting that is out of range or does not fit the others."""
-    batch_size = args.num_envs * args.num_steps * world_size
-    most_minibatches = args.num_envs * (args.num_steps // 2) // 2  # half the rows of a rollout can be resets
-    rules = {
-        "--seed must be from 0 to 2147483647": 0 <= args.seed < 2**31,
-        "--num-envs must be at least 1": args.num_envs >= 1,
-        "--num-steps must be at least 2, or 4 with one environment": args.num_steps >= (2 if args.num_envs > 1 else 4),
-        f"--total-timesteps must be at least one rollout, {batch_size}": args.total_timesteps >= batch_size,
-        "--clip-reward must be above 0": args.clip_reward is None or args.clip_reward > 0,
-        "--log-std-init must be from -20 to 20": -20 <= args.log_std_init <= 20,
-        "--learning-rate must be at least 0 and finite": 0 <= args.learning_rate < math.inf,
-        "--gamma must be from 0 to 1": 0 <= args.gamma <= 1,
-        "--gae-lambda must be from 0 to 1": 0 <= args.gae_lambda <= 1,
-        "--update-epochs must be at least 1": args.update_epochs >= 1,
-        f"--num-minibatches must be from 1 to {most_minibatches}, so that each has two transitions": (
-            1 <= args.num_minibatches <= most_minibatches
-        ),
-        "--clip-coef must be above 0; inf turns the clip off": args.clip_coef > 0,
-        "--vf-coef must be at least 0 and finite": 0 <= args.vf_coef < math.inf,
-        "--ent-coef must be at least 0 and finite": 0 <= args.ent_coef < math.inf,
-        "--kl-coef must be at least 0 and finite": 0 <= args.kl_coef < math.inf,
-        "--target-kl must be above 0": args.target_kl is None or args.target_kl > 0,
-        "--max-grad-norm must be above 0; inf turns the bound off": args.max_grad_norm > 0,
-        "--cuda needs a GPU, and PyTorch finds none; leave it out": not args.cuda or torch.cuda.is_available(),
-    }
-    for rule, holds in rules.items():
-        if not holds:
-            raise ConfigError(rule)
-
-
-def check_finite(global_step, **quantities):
-    """Raise a FloatingPointError for the first quantity, given by name, that is NaN or infinite anywhere."""
-    for name, value in quantities.items():
-        if not np.isfinite(value).all():
-            index = np.argwhere(~np.isfinite(value))[0].tolist()  # of an array (N, ...): the environment first
-            raise FloatingPointError(f"{name}{index or ''} is {np.asarray(value)[tuple(index)]} at step {global_step}")
+class RunError(Exception):
+    """What ends a run besides its own errors: a full disk, or a process of the environments that was killed."""
 
 
 def make_envs(args):
@@ -129,11 +105,21 @@ def make_envs(args):
     mode = args.vectorization_mode or ("sync" if args.num_envs == 1 and not is_atari else None)
     mode = "vector_entry_point" if mode == "native" else mode
     kwargs = {"reward_clipping": False} if is_atari and mode in (None, "vector_entry_point") else {}
+    if mode == "async":
+        kwargs["wrappers"] = (ignore_ctrl_c,)
+    if args.capture_video:
+        kwargs["render_mode"] = "rgb_array"
     try:
         envs = gym.make_vec(f"ale_py:{env_id}" if is_atari else env_id, args.num_envs, mode, **kwargs)
-    except (gym.error.Error, ImportError) as error:
+        if args.capture_video:
+            import moviepy  # noqa: F401  which RecordVideo needs, but asks for only when an episode ends
+
+            envs.reset()
+            envs.render()
+    except Exception as error:
+        flag = f"--env-id {args.env_id}" + " --capture-video" * args.capture_video
         hint = " (pip install ale-py)" if is_atari and isinstance(error, ImportError) else ""
-        raise ConfigError(f"--env-id {args.env_id}: {' '.join(str(error).split())}{hint}") from error
+        raise ConfigError(f"{flag}: {' '.join(str(error).split())}{hint}") from error
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     autoreset_mode = envs.metadata.get("autoreset_mode")
     if not isinstance(obs_space, Box):
@@ -150,57 +136,10 @@ def make_envs(args):
     return envs
 
 
-class RunLog:
-    """The run folder, with args.json and metrics.csv; with --track, Weights & Biases gets the same metrics."""
-
-    def __init__(self, args):
-        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        self.dir, self.wandb = Path(args.run_dir or f"runs/{name}"), None
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.csv = open(self.dir / "metrics.csv", "x", buffering=1)
-            (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-        except OSError as error:
-            raise ConfigError(f"--run-dir {self.dir}: {error.strerror}; choose a new, writable folder") from error
-        if args.track:
-            import wandb
-
-            self.wandb, project = wandb, args.wandb_project_name
-            try:
-                wandb.init(project=project, entity=args.wandb_entity, name=name, config=vars(args), dir=self.dir)
-            except wandb.Error as error:
-                raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
-
-    def write(self, metrics):
-        if self.csv.tell() == 0:
-            print(*metrics, sep=",", file=self.csv)
-        print(*("" if value is None else value for value in metrics.values()), sep=",", file=self.csv)
-        if self.wandb:
-            self.wandb.log(metrics, step=metrics["global_step"])
-
-    def close(self):
-        self.csv.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
 def layer_init(layer, std=2**0.5, bias=0.0):
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias)
     return layer
-
-
-def average_over_processes(mean, count):
-    """Turn a mean over `count` rows, in place, into that over the rows of all processes, and return their number.
-
-    The processes are those that torchrun has started. Without it, nothing happens.
-    """
-    if torch.distributed.is_initialized():
-        sums = torch.cat((count * mean.flatten(), mean.new_tensor([count])))
-        torch.distributed.all_reduce(sums)
-        count = sums[-1].item()
-        mean.copy_((sums[:-1] / count).view_as(mean))
-    return count
 
 
 class RunningStatistics(nn.Module):
@@ -235,6 +174,21 @@ class MLP(nn.Sequential):
             layer_init(nn.Linear(64, 64)), nn.Tanh(),
             layer_init(nn.Linear(64, num_outputs), std=std),
         )
+
+
+class DiagonalNormal(Independent):
+    """Normal actions whose dimensions are independent: PyTorch's distribution with fewer, faster operations."""
+
+    def __init__(self, mean, log_std):
+        super().__init__(Normal(mean, log_std.exp(), validate_args=False), log_std.ndim, validate_args=False)
+        self.log_std = log_std
+
+    def log_prob(self, actions):
+        scaled = ((actions - self.mean) / self.log_std.exp()).reshape(*self.batch_shape, -1)
+        return -0.5 * scaled.square().sum(-1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
+
+    def entropy(self):
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(self.batch_shape)
 
 
 class Agent(nn.Module):
@@ -297,7 +251,7 @@ class Agent(nn.Module):
         if self.log_std is None:
             return Categorical(logits=outputs, validate_args=False)
         mean = outputs.reshape(*outputs.shape[:-1], *self.log_std.shape)
-        return Independent(Normal(mean, self.log_std.exp(), validate_args=False), self.log_std.ndim)
+        return DiagonalNormal(mean, self.log_std)
 
 
 class NumpyPolicy:
@@ -367,26 +321,17 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
     return advantages
 
 
-def accumulate_rewards(rewards, resets, start, gamma):
-    """Sum the discounted rewards of each episode so far, (T, N), from `start`, (N,), on: what rewards are scaled by.
-
-    It is 0 at a reset, from where the next episode's begins.
-    """
-    discounted_returns, discounted_return = np.zeros_like(rewards), start
-    for t in range(len(rewards)):
-        discounted_returns[t] = discounted_return = np.where(resets[t], 0.0, rewards[t] + gamma * discounted_return)
-    return discounted_returns
-
-
 def train(args):
-    """Train an Agent as `args` say, write its log to a run folder, and return the agent.
+    """Train an Agent as `args` say, write its log and checkpoints to a run folder, and return the agent.
 
-    Raises a ConfigError before it begins, and a FloatingPointError as soon as something is not finite.
+    Raises a ConfigError before it begins, a FloatingPointError as soon as something is not finite, and a SystemExit
+    after the iteration in which Ctrl-C or SIGTERM has come.
     """
     is_parallel, rank, world_size = torch.distributed.is_initialized(), 0, 1
     if is_parallel:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    check_args(args, world_size)
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    check_args(args, world_size, checkpoint)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
     seed = args.seed * world_size + rank
     torch.manual_seed(seed)
@@ -405,8 +350,6 @@ def train(args):
         torch.distributed.broadcast(theta.data, src=0)
     optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
 
-    log = RunLog(args) if rank == 0 else None
-
     # Step t leads from row t to row t + 1 of obs and dones, so their last row is the first of the next rollout.
     T, N = args.num_steps, args.num_envs
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
@@ -417,162 +360,461 @@ def train(args):
     actions = np.zeros((T, N, *action_space.shape), action_dtype)
     rewards = np.zeros((T, N), np.float32)
     terminations = np.zeros((T, N), bool)
-    discounted_returns = np.zeros((T, N))
-    # Gymnasium seeds environment i with seed + i. So spaced, neighbouring runs share none; Atari takes 31 bits.
-    obs[-1], _ = envs.reset(seed=seed * N % (2**31 - N))
-    check_finite(0, observation=obs[-1])
+    discounted_returns = np.zeros((T, N))  # of each episode so far, to scale rewards by
+    last_rows = (obs[-1], dones[-1], discounted_returns[-1])  # all that one rollout hands on to the next
 
     num_iterations = args.total_timesteps // (T * N * world_size)
-    total_timesteps = num_iterations * T * N * world_size
-    kl_coef, global_step, episodes = args.kl_coef, 0, []  # episodes: (return, length) of each that has ended
-    bar = tqdm(total=total_timesteps, desc=args.env_id, unit="step", unit_scale=True, disable=rank > 0)
-    start_time = time.perf_counter()
-    for iteration in range(num_iterations):
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+    first_iteration, global_step, num_episodes, last_returns, seconds, kl_coef = 0, 0, 0, [], 0.0, args.kl_coef
+    stop_signal = None
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first_iteration, global_step, num_episodes, last_returns, seconds, kl_coef = checkpoint["progress"]
+    # Gymnasium seeds environment i with seed + i. So spaced, neighbouring runs share none; Atari takes 31 bits.
+    obs[-1], _ = envs.reset(seed=(seed * N + global_step) % (2**31 - N))
+    check_finite(global_step, observation=obs[-1])
+    is_afresh = False
+    if checkpoint:
+        states = checkpoint["processes"]
+        is_afresh = states is None or not set_process_state(states[rank], envs, rng, last_rows)
 
-        # Collect a rollout.
-        obs[0], dones[0] = obs[-1], dones[-1]
-        policy, new_episodes = NumpyPolicy(agent), []
-        for step in range(T):
-            actions[step] = policy.sample(obs[step], rng)
-            obs[step + 1], rewards[step], terminations[step], truncations, infos = envs.step(actions[step])
-            dones[step + 1] = terminations[step] | truncations
-            global_step += N * world_size
-            check_finite(global_step, observation=obs[step + 1], reward=rewards[step])
-            if "episode" in infos:
-                ended = infos["_episode"]
-                new_episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
+    is_main = rank == 0 and first_iteration < num_iterations
+    run = Run(args, envs, checkpoint, is_main)
+    total_timesteps, start_time = num_iterations * T * N * world_size, time.perf_counter() - seconds
+    bar = tqdm(
+        total=total_timesteps, initial=global_step, desc=args.env_id, unit="step", unit_scale=True, disable=not is_main
+    )
+    with run, bar:
+        if args.capture_video and is_main:
+            prefix = f"training-from-{global_step}"
+            envs = run.envs = RecordVideo(envs, f"{run.dir}/videos", record_first_only=True, name_prefix=prefix)
+        for iteration in range(first_iteration, num_iterations):
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
 
-        # Estimate advantages and returns.
-        is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
-        if args.normalize_reward:
-            discounted_returns = accumulate_rewards(rewards, dones[:-1], discounted_returns[-1], args.gamma)
-            agent.return_statistics.update(discounted_returns[is_transition])
-            rewards /= math.sqrt(agent.return_statistics.var + 1e-8)
-        if args.clip_reward is not None:
-            np.clip(rewards, -args.clip_reward, args.clip_reward, out=rewards)
-        all_obs = torch.as_tensor(obs, device=device)
-        with torch.no_grad():
-            values = agent.get_value(all_obs).numpy(force=True)  # (T + 1, N)
-        advantages = compute_gae(rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda)
-        b_obs, b_actions, b_values, b_advantages, b_returns = (
-            torch.as_tensor(x[is_transition], device=device)
-            for x in (obs[:-1], actions, values[:-1], advantages, advantages + values[:-1])
-        )
-        explained_variance = 1 - (b_returns - b_values).var(correction=0) / b_returns.var(correction=0)
+            # Collect a rollout.
+            obs[0], dones[0] = obs[-1], dones[-1]
+            policy, new_episodes = NumpyPolicy(agent), []
+            for step in range(T):
+                actions[step] = policy.sample(obs[step], rng)
+                obs[step + 1], rewards[step], terminations[step], truncations, infos = envs.step(actions[step])
+                dones[step + 1] = terminations[step] | truncations
+                global_step += N * world_size
+                check_finite(global_step, observation=obs[step + 1], reward=rewards[step])
+                if "episode" in infos:
+                    ended = infos["_episode"]
+                    new_episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
+                if args.normalize_reward:
+                    so_far = rewards[step] + args.gamma * discounted_returns[step - 1]  # row -1 is of the last rollout
+                    discounted_returns[step] = np.where(dones[step], 0.0, so_far)
 
-        # Update the policy and the value function.
-        with torch.no_grad():
-            b_logprobs = agent.get_dist(b_obs).log_prob(b_actions)
-        diagnostics, is_stopped = [], False
-        for epoch in range(args.update_epochs):
-            if args.recompute_advantages and epoch > 0:
-                with torch.no_grad():
-                    values = agent.get_value(all_obs).numpy(force=True)
-                advantages = compute_gae(
-                    rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
-                )
-                b_advantages, b_returns = (
-                    torch.as_tensor(x[is_transition], device=device) for x in (advantages, advantages + values[:-1])
-                )
-            order = torch.randperm(len(b_obs), device=device)
-            batch = (b_obs, b_actions, b_logprobs, b_values, b_advantages, b_returns)
-            minibatches = zip(*(x[order].tensor_split(args.num_minibatches) for x in batch))
-            for mb_obs, mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns in minibatches:
-                dist, new_values = agent(mb_obs)
-                logratio = dist.log_prob(mb_actions) - mb_logprobs
-                ratio = logratio.exp()  # r_t(theta)
-                clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                if args.norm_adv:
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                policy_loss = -torch.min(ratio * mb_advantages, clipped_ratio * mb_advantages).mean()  # eq. 7
+            # Estimate advantages and returns.
+            is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
+            if args.normalize_reward:
+                agent.return_statistics.update(discounted_returns[is_transition])
+                rewards /= math.sqrt(agent.return_statistics.var + 1e-8)
+            if args.clip_reward is not None:
+                np.clip(rewards, -args.clip_reward, args.clip_reward, out=rewards)
+            all_obs = torch.tensor(obs, device=device)
+            with torch.no_grad():
+                values = agent.get_value(all_obs).numpy(force=True)  # (T + 1, N)
+            advantages = compute_gae(
+                rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
+            )
+            b_obs, b_actions, b_values, b_advantages, b_returns = (
+                torch.tensor(x[is_transition], device=device)
+                for x in (obs[:-1], actions, values[:-1], advantages, advantages + values[:-1])
+            )
+            explained_variance = 1 - (b_returns - b_values).var(correction=0) / b_returns.var(correction=0)
 
-                squared_error = (new_values - mb_returns).square()
-                if args.clip_vloss:
-                    clipped_values = mb_values + (new_values - mb_values).clamp(-args.clip_coef, args.clip_coef)
-                    squared_error = torch.max(squared_error, (clipped_values - mb_returns).square())
-                value_loss = 0.5 * squared_error.mean()
+            # Update the policy and the value function.
+            run.state = None
+            with torch.no_grad():
+                b_logprobs = agent.get_dist(b_obs).log_prob(b_actions)
+            diagnostics, is_stopped = [], False
+            for epoch in range(args.update_epochs):
+                if args.recompute_advantages and epoch > 0:
+                    with torch.no_grad():
+                        values = agent.get_value(all_obs).numpy(force=True)
+                    advantages = compute_gae(
+                        rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
+                    )
+                    b_advantages, b_returns = (
+                        torch.tensor(x[is_transition], device=device) for x in (advantages, advantages + values[:-1])
+                    )
+                order = torch.randperm(len(b_obs))
+                batch = (b_obs, b_actions, b_logprobs, b_values, b_advantages, b_returns)
+                minibatches = zip(*(x[order].tensor_split(args.num_minibatches) for x in batch))
+                for mb_obs, mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns in minibatches:
+                    dist, new_values = agent(mb_obs)
+                    logratio = dist.log_prob(mb_actions) - mb_logprobs
+                    ratio = logratio.exp()  # r_t(theta)
+                    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                    if args.norm_adv:
+                        mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                    policy_loss = -torch.min(ratio * mb_advantages, clipped_ratio * mb_advantages).mean()  # eq. 7
 
-                entropy = dist.entropy().mean()
-                loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss  # eq. 9
-                approx_kl = (ratio - 1 - logratio).mean()  # KL(old || new): unbiased, and each term is >= 0
-                if args.kl_coef > 0:
-                    loss = loss + kl_coef * approx_kl  # eq. 8
+                    squared_error = (new_values - mb_returns).square()
+                    if args.clip_vloss:
+                        clipped_values = mb_values + (new_values - mb_values).clamp(-args.clip_coef, args.clip_coef)
+                        squared_error = torch.max(squared_error, (clipped_values - mb_returns).square())
+                    value_loss = 0.5 * squared_error.mean()
 
-                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                diagnostics.append(torch.stack((policy_loss, value_loss, entropy, approx_kl, clipfrac)).detach())
-                if args.kl_coef == 0 and args.target_kl is not None:
-                    average_over_processes(approx_kl.detach(), len(mb_obs))
-                    is_stopped = approx_kl.item() > args.target_kl
+                    entropy = dist.entropy().mean()
+                    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss  # eq. 9
+                    approx_kl = (ratio - 1 - logratio).mean()  # KL(old || new): unbiased, and each term is >= 0
+                    if args.kl_coef > 0:
+                        loss = loss + kl_coef * approx_kl  # eq. 8
+
+                    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                    diagnostics.append(torch.stack((policy_loss, value_loss, entropy, approx_kl, clipfrac)).detach())
+                    if args.kl_coef == 0 and args.target_kl is not None:
+                        average_over_processes(approx_kl.detach(), len(mb_obs))
+                        is_stopped = approx_kl.item() > args.target_kl
+                    if is_stopped:
+                        break
+                    theta.grad.zero_()
+                    loss.backward()
+                    average_over_processes(theta.grad, len(mb_obs))
+                    nn.utils.clip_grad_norm_(theta, args.max_grad_norm)
+                    optimizer.step()
                 if is_stopped:
                     break
-                theta.grad.zero_()
-                loss.backward()
-                average_over_processes(theta.grad, len(mb_obs))
-                nn.utils.clip_grad_norm_(theta, args.max_grad_norm)
-                optimizer.step()
-            if is_stopped:
+            if args.kl_coef > 0 and args.target_kl is not None:
+                with torch.no_grad():
+                    logratio = agent.get_dist(b_obs).log_prob(b_actions) - b_logprobs
+                kl = (logratio.exp() - 1 - logratio).mean()
+                average_over_processes(kl, len(b_obs))
+                if kl < args.target_kl / 1.5:
+                    kl_coef /= 2
+                elif kl > args.target_kl * 1.5:
+                    kl_coef *= 2
+            if args.normalize_obs:
+                agent.obs_statistics.update(b_obs)
+
+            # Log.
+            gathered = gather((new_episodes, run.signal))
+            new_episodes = [episode for episodes, _ in gathered for episode in episodes]
+            stop_signal = next((number for _, number in gathered if number), None)
+            num_episodes += len(new_episodes)
+            last_returns = [*last_returns, *(r for r, _ in new_episodes)][-100:]
+            names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
+            means = torch.stack(diagnostics).mean(0)
+            average_over_processes(means, len(b_obs))
+            average_over_processes(explained_variance, len(b_obs))
+            seconds = time.perf_counter() - start_time
+            mean_return, mean_length = np.mean(new_episodes, axis=0) if new_episodes else (None, None)
+            metrics = {
+                "global_step": global_step,
+                "wall_time": round(seconds, 3),
+                "sps": round(global_step / seconds),
+                "episodes": num_episodes,
+                "episodic_return": mean_return,
+                "episodic_length": mean_length,
+                **dict(zip(names, means.tolist())),
+                "explained_variance": explained_variance.item(),
+                "kl_coef": kl_coef,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+            }
+            check_finite(global_step, **{name: metrics[name] for name in names})
+            if is_main:
+                run.write(metrics)
+            last_return = f"return {fmean(last_returns):.1f}" if last_returns else "no episode has ended"
+            bar.set_postfix_str(last_return, refresh=False)
+            bar.update(T * N * world_size)
+            run.state = {
+                "progress": (iteration + 1, global_step, num_episodes, last_returns, seconds, kl_coef),
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            if stop_signal or (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
+                processes = gather(get_process_state(envs, rng, last_rows))
+                if is_main:
+                    run.save(processes)
+            if stop_signal:
                 break
-        if args.kl_coef > 0 and args.target_kl is not None:
-            with torch.no_grad():
-                logratio = agent.get_dist(b_obs).log_prob(b_actions) - b_logprobs
-            kl = (logratio.exp() - 1 - logratio).mean()
-            average_over_processes(kl, len(b_obs))
-            if kl < args.target_kl / 1.5:
-                kl_coef /= 2
-            elif kl > args.target_kl * 1.5:
-                kl_coef *= 2
-        if args.normalize_obs:
-            agent.obs_statistics.update(b_obs)
 
-        # Log.
-        if is_parallel:
-            gathered = [None] * world_size
-            torch.distributed.all_gather_object(gathered, new_episodes)
-            new_episodes = sum(gathered, [])
-        episodes += new_episodes
-        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
-        means = torch.stack(diagnostics).mean(0)
-        average_over_processes(means, len(b_obs))
-        average_over_processes(explained_variance, len(b_obs))
-        seconds = time.perf_counter() - start_time
-        mean_return, mean_length = np.mean(new_episodes, axis=0) if new_episodes else (None, None)
-        metrics = {
-            "global_step": global_step,
-            "wall_time": round(seconds, 3),
-            "sps": round(global_step / seconds),
-            "episodes": len(episodes),
-            "episodic_return": mean_return,
-            "episodic_length": mean_length,
-            **dict(zip(names, means.tolist())),
-            "explained_variance": explained_variance.item(),
-            "kl_coef": kl_coef,
-            "learning_rate": optimizer.param_groups[0]["lr"],
-        }
-        check_finite(global_step, **{name: metrics[name] for name in names})
-        if rank == 0:
-            log.write(metrics)
-        last_return = f"return {fmean(r for r, _ in episodes[-100:]):.1f}" if episodes else "no episode has ended"
-        bar.set_postfix_str(last_return, refresh=False)
-        bar.update(T * N * world_size)
-
-    bar.close()
-    envs.close()
     torch.set_num_threads(num_threads)
-    if rank == 0:
-        log.close()
-        print(f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s, {log.dir}")
+    if is_main:
+        note = ", resumed with new episodes" if is_afresh else ""
+        print(f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s{note}, {run.dir}")
+    if stop_signal:
+        if is_main:
+            print(f"go on: python {Path(__file__).name} --resume {run.dir}/checkpoint.pt")
+        sys.exit(128 + stop_signal)
+    if rank == 0 and args.eval_episodes > 0:
+        evaluate(agent, args, run.dir)
     return agent
+
+
+def check_args(args, world_size=1, checkpoint=None):
+    """Raise a ConfigError for the first setting that is out of range, or does not fit the others or the checkpoint."""
+    batch_size = 0 if args.resume else args.num_envs * args.num_steps * world_size
+    fewest_steps = 2 if args.num_envs > 1 else 4
+    most_minibatches = args.num_envs * (args.num_steps // 2) // 2  # half the rows of a rollout can be resets
+    rules = {
+        "from 0 to 2147483647": (("seed",), lambda x: 0 <= x < 2**31),
+        "at least 1": (("num_envs", "update_epochs", "checkpoint_interval"), lambda x: x >= 1),
+        f"at least {fewest_steps} with so many environments": (("num_steps",), lambda x: x >= fewest_steps),
+        f"at least one rollout, {batch_size}": (("total_timesteps",), lambda x: x >= batch_size),
+        f"from 1 to {most_minibatches}, so that each has two transitions": (
+            ("num_minibatches",), lambda x: 1 <= x <= most_minibatches,
+        ),
+        "from -20 to 20": (("log_std_init",), lambda x: -20 <= x <= 20),
+        "from 0 to 1": (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1),
+        "at least 0 and finite": (("learning_rate", "vf_coef", "ent_coef", "kl_coef"), lambda x: 0 <= x < math.inf),
+        "above 0": (("clip_reward", "target_kl"), lambda x: x is None or x > 0),
+        "above 0; inf turns it off": (("clip_coef", "max_grad_norm"), lambda x: x > 0),
+        "at least 0": (("eval_episodes",), lambda x: x >= 0),
+        "left out where PyTorch finds no GPU": (("cuda",), lambda x: not x or torch.cuda.is_available()),
+    }  # fmt: skip
+    for rule, (names, holds) in rules.items():
+        for name in names:
+            if not holds(getattr(args, name)):
+                raise ConfigError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(args, name)}")
+    may_change = "total_timesteps checkpoint_interval resume eval_episodes eval_deterministic capture_video track cuda"
+    for name, value in checkpoint["args"].items() if checkpoint else ():
+        if getattr(args, name) != value and name not in may_change.split():
+            raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
+    if checkpoint and checkpoint["processes"] and len(checkpoint["processes"]) != world_size:
+        raise ConfigError(f"--resume needs the {len(checkpoint['processes'])} processes of before, not {world_size}")
+
+
+def ignore_ctrl_c(env):
+    """Leave Ctrl-C, which a terminal sends to all processes, to the one that trains."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return env
+
+
+def check_finite(global_step, **quantities):
+    """Raise a FloatingPointError for the first quantity, given by name, that is NaN or infinite anywhere."""
+    for name, value in quantities.items():
+        if not np.isfinite(value).all():
+            index = np.argwhere(~np.isfinite(value))[0].tolist()  # of an array (N, ...): the environment first
+            raise FloatingPointError(f"{name}{index or ''} is {np.asarray(value)[tuple(index)]} at step {global_step}")
+
+
+def gather(item):
+    """The items of all processes that torchrun has started, in a list; without torchrun, that of this one."""
+    items = [item]
+    if torch.distributed.is_initialized():
+        items = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(items, item)
+    return items
+
+
+def average_over_processes(mean, count):
+    """Turn a mean over `count` rows, in place, into that over the rows of all processes, and return their number.
+
+    The processes are those that torchrun has started. Without it, nothing happens.
+    """
+    if torch.distributed.is_initialized():
+        sums = torch.cat((count * mean.flatten(), mean.new_tensor([count])))
+        torch.distributed.all_reduce(sums)
+        count = sums[-1].item()
+        mean.copy_((sums[:-1] / count).view_as(mean))
+    return count
+
+
+def evaluate(agent, args, run_dir):
+    """Play `eval_episodes` whole episodes with the agent as it is, print their mean return, and write eval.json.
+
+    Each environment has its quota of them: the first so many to end, of all, would be the short ones.
+    """
+    num_episodes, N = args.eval_episodes, min(args.num_envs, args.eval_episodes)
+    envs = make_envs(replace(args, num_envs=N))
+    if args.capture_video:
+        envs = RecordVideo(envs, f"{run_dir}/videos", record_first_only=True, name_prefix="evaluation")
+    returns, quotas = [[] for _ in range(N)], [num_episodes // N + (i < num_episodes % N) for i in range(N)]
+    torch.manual_seed(args.seed)
+    obs, _ = envs.reset(seed=int(np.random.default_rng((args.seed, 2)).integers(2**31 - N)))  # none of training's
+    while any(len(ours) < quota for ours, quota in zip(returns, quotas)):
+        with torch.no_grad():
+            dist = agent.get_dist(torch.as_tensor(obs, device=next(agent.parameters()).device))
+            actions = dist.mode if args.eval_deterministic else dist.sample()
+        obs, _, _, _, infos = envs.step(actions.numpy(force=True))
+        for i in np.flatnonzero(infos.get("_episode", False)):
+            if len(returns[i]) < quotas[i]:
+                returns[i].append(infos["episode"]["r"][i].item())
+    envs.close()
+    returns = np.concatenate(returns)
+    mean, std = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else 0.0
+    nu, z = max(num_episodes - 1, 1), 1.96  # the expansion of Student's t in 1 / nu
+    half = (z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)) * std / num_episodes**0.5
+    print(f"evaluation: return {mean:.1f}, std {std:.1f}, 95 % interval {mean - half:.1f} to {mean + half:.1f}")
+    results = {"mean": mean, "std": std, "interval_95": [mean - half, mean + half], "returns": returns.tolist()}
+    (run_dir / "eval.json").write_text(json.dumps(results, indent=2))
+
+
+def env_parts(env):
+    """An environment and all the wrappers and environments inside it, outermost first."""
+    inside = [vars(env)["env"]] if "env" in vars(env) else vars(env).get("envs", [])
+    return [env, *(part for inner in inside for part in env_parts(inner))]
+
+
+def get_process_state(envs, rng, rows):
+    """What the next rollout of this process starts from, as data without code.
+
+    That includes the environments if they are Gymnasium's classic control in this process; others start afresh.
+    """
+    parts, arrays = env_parts(envs), (np.ndarray, np.generic, tuple)
+    modules = ("gymnasium.wrappers.", "gymnasium.vector.sync", "gymnasium.envs.classic_control.")
+    state = {"torch_rng": torch.get_rng_state(), "rng": rng.bit_generator.state, "rows": None, "parts": None}
+    if all(type(part).__module__.startswith(modules) for part in parts):
+        state["rows"], state["parts"] = [torch.tensor(row) for row in rows], [{} for _ in parts]
+        for part, values in zip(parts, state["parts"]):
+            for name, x in vars(part).items():
+                if isinstance(x, np.random.Generator):
+                    values[name] = x.bit_generator.state
+                elif isinstance(x, (int, float, np.ndarray, np.generic)) or name == "state":  # MountainCar's is a tuple
+                    values[name] = torch.from_numpy(np.array(x)) if isinstance(x, arrays) else x
+    return state
+
+
+def set_process_state(state, envs, rng, rows):
+    """Go on from what `get_process_state` returned; return whether the environments, reset before, do so, too."""
+    torch.set_rng_state(state["torch_rng"])
+    rng.bit_generator.state = state["rng"]
+    if state["parts"] is None:
+        return False
+    for row, value in zip(rows, state["rows"]):
+        row[...] = value.numpy()
+    for part, values in zip(env_parts(envs), state["parts"]):
+        for name, x in values.items():
+            if isinstance(x, dict):
+                getattr(part, name).bit_generator.state = x
+            else:
+                setattr(part, name, x.numpy()[()] if isinstance(x, torch.Tensor) else x)
+    return True
+
+
+def load_checkpoint(path):
+    """Read what `Run.save` wrote, or raise a ConfigError. Nothing in a checkpoint is run as code."""
+    try:
+        if zipfile.ZipFile(path).testzip() is not None:  # the first part whose checksum is wrong
+            raise ValueError("it is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != Path(__file__).stem:
+            raise ValueError(f"{checkpoint['script']}.py wrote it")
+        Args(**checkpoint["args"])
+        return checkpoint
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"--resume {path} is no checkpoint of this script: {reason}") from error
+
+
+class Run:
+    """The folder of a run, with metrics.csv, checkpoint.pt and args.json, and the end of all that a run has started.
+
+    Ctrl-C or SIGTERM sets `signal`, upon which `train` ends after the iteration; a second one acts at once. If a run
+    fails while `state` is set, as it is in a rollout, that is saved.
+    """
+
+    def __init__(self, args, envs, checkpoint, is_main):
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+        self.args, self.envs, self.is_main, self.videos = args, envs, is_main, set()
+        self.signal = self.state = self.wandb = self.csv = None
+        if not is_main:
+            return
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.csv = open(self.dir / "metrics.csv", "r+" if checkpoint else "x", buffering=1)
+            if checkpoint:  # rows that were written after it are about to come again
+                self.csv.seek(self.csv.truncate(checkpoint["csv_size"]))
+            (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+        except OSError as error:
+            flag = f"--resume {args.resume}" if checkpoint else f"--run-dir {self.dir}"
+            raise ConfigError(f"{flag}: {error.strerror}; choose a new, writable folder") from error
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name}
+            names |= {"id": checkpoint["wandb_id"], "resume": "must"} if checkpoint and checkpoint["wandb_id"] else {}
+            try:
+                self.wandb, self.wandb_video = wandb.init(**names, config=vars(args), dir=self.dir), wandb.Video
+            except wandb.Error as error:
+                raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
+
+    def __enter__(self):
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def receive(self, number, frame):
+        self.signal = number
+        signal.signal(number, self.handlers[number])
+
+    def write(self, metrics):
+        """Write a row of metrics.csv, and send it to Weights & Biases with the videos that are new."""
+        try:
+            if self.csv.tell() == 0:
+                print(*metrics, sep=",", file=self.csv)
+            print(*("" if value is None else value for value in metrics.values()), sep=",", file=self.csv)
+        except OSError as error:
+            raise RunError(f"{self.csv.name}: {error.strerror}") from error
+        if self.wandb:
+            try:
+                videos = set(self.dir.glob("videos/*.mp4")) - self.videos
+                self.wandb.log(metrics | {path.stem: self.wandb_video(str(path)) for path in videos})
+                self.videos |= videos
+            except Exception as error:
+                tqdm.write(f"--track: {error}; training goes on without it", file=sys.stderr)
+                self.wandb = None
+
+    def save(self, processes=None):
+        """Write checkpoint.pt such that a kill at any moment leaves a whole one, this or the one before."""
+        buffer, path, temporary = io.BytesIO(), self.dir / "checkpoint.pt", self.dir / "checkpoint.tmp"
+        about = {"script": Path(__file__).stem, "args": vars(self.args), "csv_size": self.csv.tell()}
+        about |= {"wandb_id": self.wandb.id if self.wandb else None, "processes": processes}
+        torch.save(about | self.state, buffer)
+        try:
+            os.fsync(self.csv.fileno())
+            with open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise RunError(f"{path}: {error.strerror}; the one before is whole") from error
+
+    def __exit__(self, kind, error, traceback):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        processes = getattr(self.envs.unwrapped, "processes", ())
+        if error or not all(process.is_alive() for process in processes):
+            for process in processes:  # asked to close, one that hangs or has died might never answer
+                process.kill()
+                process.join()
+            self.envs.unwrapped.closed = True
+        self.envs.close()
+        if self.is_main:
+            if error and self.state:
+                self.save()
+            self.csv.close()
+            if self.wandb:
+                self.wandb.finish(exit_code=int(error is not None))
+        if error and self.signal:
+            sys.exit(128 + self.signal)
+        if processes and isinstance(error, (EOFError, ConnectionError)):
+            raise RunError("a process of --vectorization-mode async has died") from error
 
 
 if __name__ == "__main__":
     try:
         if torch.distributed.is_torchelastic_launched():  # by torchrun
             torch.distributed.init_process_group()
-        train(tyro.cli(Args))
+        args = tyro.cli(Args)
+        if args.resume:  # flags that are not given stay as they were
+            args = tyro.cli(Args, default=Args(**{**load_checkpoint(args.resume)["args"], "resume": args.resume}))
+        train(args)
     except ConfigError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
+    except (FloatingPointError, RunError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -27,6 +27,7 @@ from pathlib import Path
 import tyro
 
 HERE = Path(__file__).resolve().parent
+PACKAGES = ("torch", "gymnasium", "numpy", "mujoco", "ale-py", "box2d", "stable-baselines3")
 
 
 @dataclass
@@ -75,23 +76,29 @@ def train(name, command, seed):
     with tempfile.TemporaryDirectory(dir=HERE) as temporary:
         run_dir, start = Path(temporary, "run"), time.perf_counter()
         words = [sys.executable, HERE.parent / command[0], *command[1:], "--seed", str(seed), "--run-dir", run_dir]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=temporary)
-        if done.returncode:
-            print(f"{name}, seed {seed}: {done.stderr[-500:]}", flush=True)
+        out, error = Path(temporary, "out"), Path(temporary, "error")
+        with open(out, "w") as out_file, open(error, "w") as error_file:
+            process = subprocess.Popen(words, stdout=out_file, stderr=error_file, cwd=temporary)
+            _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            print(f"{name}, seed {seed}: {error.read_text()[-500:]}", flush=True)
             return
-        summary = done.stdout.strip().rpartition(",")[0]
+        summary = out.read_text().strip().rpartition(",")[0]
         about = {
             "command": f"python {' '.join(command)} --seed {seed}",
             "summary": summary,
             "final_return": float(re.search(r"return (\S+),", summary)[1]),
             "seconds": round(time.perf_counter() - start, 1),
-            "packages": {package: version(package) for package in ("torch", "gymnasium", "numpy")},
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),  # of all its processes, whatever else was running
+            "packages": {package: version(package) for package in PACKAGES},
             "python": platform.python_version(),
             "processor": processor(),
             "date": time.strftime("%Y-%m-%d"),
         }
         thin(run_dir / "metrics.csv")
-        (run_dir / "args.json").unlink()
+        for path in run_dir.iterdir():
+            if path.name != "metrics.csv":
+                path.unlink()
         (run_dir / "run.json").write_text(json.dumps(about, indent=2) + "\n")
         folder.parent.mkdir(parents=True, exist_ok=True)
         run_dir.rename(folder)
