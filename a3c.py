@@ -184,7 +184,8 @@ class DiagonalNormal(Independent):
         self.log_std = log_std
 
     def log_prob(self, actions):
-        scaled = ((actions - self.mean) / self.log_std.exp()).reshape(*self.batch_shape, -1)
+        scaled = (actions - self.mean) * (-self.log_std).exp()
+        scaled = scaled.reshape(*scaled.shape[: scaled.ndim - self.log_std.ndim], -1)
         return -0.5 * scaled.square().sum(-1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
 
     def entropy(self):
@@ -341,6 +342,7 @@ def worker(
     steps or so, the episodes that have ended and the diagnostics of each update go into `reports`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes: the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker would have the parent's handler
     torch.set_num_threads(1)
     seed = args.seed * args.num_workers + index
     torch.manual_seed(seed)
@@ -425,7 +427,7 @@ def worker(
         loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
         theta.grad.zero_()
         loss.backward()
-        nn.utils.clip_grad_norm_(theta, args.max_grad_norm)
+        theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)
         with update_lock:
             optimizer.step()
             staleness = num_updates.value - num_updates_before
@@ -455,7 +457,7 @@ def arrivals(workers, reports, run, num_rollouts, num_iterations):
         while not are_done:
             are_done = workers.join(timeout=0.05)
             if run.signal:
-                num_rollouts.value = num_iterations  # there are none left to claim
+                num_rollouts.get_obj().value = num_iterations  # there are none left to claim
             while not reports.empty():
                 yield reports.get()
     finally:
@@ -540,8 +542,10 @@ def train(args):
             }
             num_rows += 1
             if num_rows % args.checkpoint_interval == 0:
-                with lock:
-                    run.save()
+                is_locked = lock.acquire(timeout=1)  # in vain if a worker was killed while it had the lock
+                run.save()
+                if is_locked:
+                    lock.release()
         if is_main:
             run.save()
 
@@ -659,22 +663,25 @@ class Run:
             return
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            if args.track:
+                self.start_wandb(args, name, checkpoint["wandb_id"] if checkpoint else None)
             self.csv = open(self.dir / "metrics.csv", "r+" if checkpoint else "x", buffering=1)
             if checkpoint:  # rows that were written after it are about to come again
                 self.csv.seek(self.csv.truncate(checkpoint["csv_size"]))
             (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         except OSError as error:
-            flag = f"--resume {args.resume}" if checkpoint else f"--run-dir {self.dir}"
-            raise ConfigError(f"{flag}: {error.strerror}; choose a new, writable folder") from error
-        if args.track:
-            import wandb
+            remedy = "a checkpoint needs its run folder" if checkpoint else "choose a new, writable --run-dir"
+            raise ConfigError(f"{error.filename}: {error.strerror}; {remedy}") from error
 
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name}
-            names |= {"id": checkpoint["wandb_id"], "resume": "must"} if checkpoint and checkpoint["wandb_id"] else {}
-            try:
-                self.wandb, self.wandb_video = wandb.init(**names, config=vars(args), dir=self.dir), wandb.Video
-            except wandb.Error as error:
-                raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
+    def start_wandb(self, args, name, wandb_id):
+        import wandb
+
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": wandb_id}
+        try:
+            self.wandb = wandb.init(**names, resume="allow" if wandb_id else None, config=vars(args), dir=self.dir)
+            self.wandb_video = wandb.Video
+        except wandb.Error as error:
+            raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
 
     def __enter__(self):
         self.handlers = {}
@@ -697,7 +704,8 @@ class Run:
         if self.wandb:
             try:
                 videos = set(self.dir.glob("videos/*.mp4")) - self.videos
-                self.wandb.log(metrics | {path.stem: self.wandb_video(str(path)) for path in videos})
+                media = {path.stem: self.wandb_video(str(path)) for path in videos}
+                self.wandb.log(metrics | media, step=metrics["global_step"])
                 self.videos |= videos
             except Exception as error:
                 tqdm.write(f"--track: {error}; training goes on without it", file=sys.stderr)

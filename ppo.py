@@ -184,7 +184,8 @@ class DiagonalNormal(Independent):
         self.log_std = log_std
 
     def log_prob(self, actions):
-        scaled = ((actions - self.mean) / self.log_std.exp()).reshape(*self.batch_shape, -1)
+        scaled = (actions - self.mean) * (-self.log_std).exp()
+        scaled = scaled.reshape(*scaled.shape[: scaled.ndim - self.log_std.ndim], -1)
         return -0.5 * scaled.square().sum(-1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
 
     def entropy(self):
@@ -409,6 +410,7 @@ def train(args):
                     discounted_returns[step] = np.where(dones[step], 0.0, so_far)
 
             # Estimate advantages and returns.
+            run.state = None  # from here on, a failure leaves half an update
             is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
             if args.normalize_reward:
                 agent.return_statistics.update(discounted_returns[is_transition])
@@ -428,7 +430,6 @@ def train(args):
             explained_variance = 1 - (b_returns - b_values).var(correction=0) / b_returns.var(correction=0)
 
             # Update the policy and the value function.
-            run.state = None
             with torch.no_grad():
                 b_logprobs = agent.get_dist(b_obs).log_prob(b_actions)
             diagnostics, is_stopped = [], False
@@ -476,7 +477,7 @@ def train(args):
                     theta.grad.zero_()
                     loss.backward()
                     average_over_processes(theta.grad, len(mb_obs))
-                    nn.utils.clip_grad_norm_(theta, args.max_grad_norm)
+                    theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)
                     optimizer.step()
                 if is_stopped:
                     break
@@ -720,22 +721,25 @@ class Run:
             return
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            if args.track:
+                self.start_wandb(args, name, checkpoint["wandb_id"] if checkpoint else None)
             self.csv = open(self.dir / "metrics.csv", "r+" if checkpoint else "x", buffering=1)
             if checkpoint:  # rows that were written after it are about to come again
                 self.csv.seek(self.csv.truncate(checkpoint["csv_size"]))
             (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         except OSError as error:
-            flag = f"--resume {args.resume}" if checkpoint else f"--run-dir {self.dir}"
-            raise ConfigError(f"{flag}: {error.strerror}; choose a new, writable folder") from error
-        if args.track:
-            import wandb
+            remedy = "a checkpoint needs its run folder" if checkpoint else "choose a new, writable --run-dir"
+            raise ConfigError(f"{error.filename}: {error.strerror}; {remedy}") from error
 
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name}
-            names |= {"id": checkpoint["wandb_id"], "resume": "must"} if checkpoint and checkpoint["wandb_id"] else {}
-            try:
-                self.wandb, self.wandb_video = wandb.init(**names, config=vars(args), dir=self.dir), wandb.Video
-            except wandb.Error as error:
-                raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
+    def start_wandb(self, args, name, wandb_id):
+        import wandb
+
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": wandb_id}
+        try:
+            self.wandb = wandb.init(**names, resume="allow" if wandb_id else None, config=vars(args), dir=self.dir)
+            self.wandb_video = wandb.Video
+        except wandb.Error as error:
+            raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
 
     def __enter__(self):
         self.handlers = {}
@@ -758,7 +762,8 @@ class Run:
         if self.wandb:
             try:
                 videos = set(self.dir.glob("videos/*.mp4")) - self.videos
-                self.wandb.log(metrics | {path.stem: self.wandb_video(str(path)) for path in videos})
+                media = {path.stem: self.wandb_video(str(path)) for path in videos}
+                self.wandb.log(metrics | media, step=metrics["global_step"])
                 self.videos |= videos
             except Exception as error:
                 tqdm.write(f"--track: {error}; training goes on without it", file=sys.stderr)

@@ -24,7 +24,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributions import Normal
+from torch.distributions import Independent, Normal
 from torch.testing import assert_close
 
 import ppo
@@ -575,7 +575,7 @@ def test_the_ratio_is_1_before_the_first_gradient_step(run, action_space, normal
 
 def test_box_actions_are_clipped_on_their_way_into_the_environment_and_nowhere_else(run, monkeypatch):
     taken, sampled, scored = [], [], []
-    sample, log_prob = ppo.NumpyPolicy.sample, Normal.log_prob
+    sample, log_prob = ppo.NumpyPolicy.sample, ppo.DiagonalNormal.log_prob
 
     def spy_sample(self, obs, rng):
         sampled.append(sample(self, obs, rng))
@@ -586,7 +586,7 @@ def test_box_actions_are_clipped_on_their_way_into_the_environment_and_nowhere_e
         return log_prob(self, value)
 
     monkeypatch.setattr(ppo.NumpyPolicy, "sample", spy_sample)
-    monkeypatch.setattr(Normal, "log_prob", spy_log_prob)
+    monkeypatch.setattr(ppo.DiagonalNormal, "log_prob", spy_log_prob)
     low, high = np.array([-1, 0], np.float32), np.array([1, 3], np.float32)
     run(
         register(lambda: Clock(action_space=Box(low, high), on_action=lambda action: taken.append(action.copy()))),
@@ -632,6 +632,25 @@ def test_the_gradient_of_each_step_is_that_of_its_own_minibatch_and_of_no_earlie
     flags = {"learning_rate": 0.0, "num_minibatches": 1, "update_epochs": 3, "max_grad_norm": math.inf}
     run(register(Clock), total_timesteps=16, **flags)
     assert [call.norm for call in calls] == pytest.approx([calls[0].norm] * 3, rel=1e-4)
+
+
+def test_each_epoch_takes_every_transition_once_in_an_order_of_its_own(run, monkeypatch):
+    minibatches, forward, numbers = [], ppo.Agent.forward, itertools.count(1)
+
+    def spy_forward(self, obs):
+        minibatches.append(obs.sum(-1))
+        return forward(self, obs)
+
+    monkeypatch.setattr(ppo.Agent, "forward", spy_forward)
+    # Every observation is a number of its own; of the 16 rows of both environments, 2 are resets.
+    env_id = register(lambda: Clock(length=6, edit_obs=lambda count: 2.0 * next(numbers)))
+    run(env_id, num_steps=16, total_timesteps=32, num_minibatches=3, update_epochs=4)
+    assert [len(minibatch) for minibatch in minibatches] == [10, 9, 9] * 4
+    epochs = [torch.cat(minibatches[i : i + 3]).tolist() for i in range(0, 12, 3)]
+    assert len(set(epochs[0])) == 28
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert sorted(epochs[0]) not in epochs
 
 
 def test_recompute_advantages_estimates_them_anew_before_each_further_epoch(run, monkeypatch):
@@ -699,7 +718,8 @@ def test_beta_halves_under_two_thirds_of_the_target_and_doubles_over_one_and_a_h
     logratio = logratio[(logratio.exp() - 1 - logratio - kl * target_kl).abs().argmin()]
     dist = types.SimpleNamespace(log_prob=lambda actions: logratio.repeat(3))
     tree = ast.parse(inspect.getsource(ppo.train))
-    adaptation = next(node for node in ast.walk(tree) if isinstance(node, ast.If) and assigns(node, "kl_coef"))
+    changes = [node for node in ast.walk(tree) if isinstance(node, ast.If) and assigns(node, "kl_coef")]
+    (adaptation,) = (node for node in changes if mentions(node, "b_logprobs"))  # not what a checkpoint sets it to
     result = execute(
         [adaptation],
         args=ppo.Args(kl_coef=3.0, target_kl=target_kl),
@@ -878,21 +898,41 @@ def test_neighbouring_seeds_share_no_environment_seed(run):
     assert len(set(seeds)) == len(seeds)
 
 
-def test_track_sends_the_rows_of_metrics_csv_to_wandb(run, monkeypatch):
+@pytest.fixture
+def wandb_calls(monkeypatch):
+    """Stand in for the package wandb; returns the list of what it is told."""
     calls = []
-    wandb = types.SimpleNamespace(
-        init=lambda **kwargs: calls.append(("init", kwargs)),
-        log=lambda metrics, step: calls.append(("log", metrics, step)),
-        finish=lambda: calls.append(("finish",)),
-    )
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    def init(**kwargs):
+        calls.append(("init", kwargs))
+        return types.SimpleNamespace(
+            id="an-id",
+            log=lambda metrics, step: calls.append(("log", metrics, step)),
+            finish=lambda **kwargs: calls.append(("finish", kwargs)),
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=Exception, Video=None))
+    return calls
+
+
+def test_track_sends_the_rows_of_metrics_csv_to_wandb(run, tmp_path, wandb_calls):
     env_id = register(lambda: Clock(length=5))
     _, rows = run(env_id, track=True, wandb_project_name="project", wandb_entity="team", total_timesteps=48)
-    (_, init), *logs, last = calls
+    (_, init), *logs, last = wandb_calls
     assert (init["project"], init["entity"], init["config"]["env_id"]) == ("project", "team", env_id)
-    assert last == ("finish",)
+    assert init["dir"] == tmp_path / "run0"
+    assert init["id"] is None and init["resume"] is None
+    assert last == ("finish", {"exit_code": 0})
     assert [step for _, _, step in logs] == [16, 32, 48]
     assert [{k: "" if v is None else str(v) for k, v in metrics.items()} for _, metrics, _ in logs] == rows
+    assert torch.load(tmp_path / "run0" / "checkpoint.pt", weights_only=True)["wandb_id"] == "an-id"
+
+
+def test_track_tells_wandb_that_a_run_has_failed(run, wandb_calls):
+    with pytest.raises(FloatingPointError):
+        run(register(lambda: Clock(reward=nan_at(12, math.nan))), track=True)
+    assert [what for what, *_ in wandb_calls] == ["init", "log", "finish"]
+    assert wandb_calls[-1] == ("finish", {"exit_code": 1})
 
 
 def test_track_without_a_login_is_refused_by_name(tmp_path, monkeypatch):
@@ -910,28 +950,57 @@ def test_track_without_a_login_is_refused_by_name(tmp_path, monkeypatch):
 # Rewards that the learner sees and the log does not.
 
 
-def test_rewards_accumulate_from_the_start_and_anew_after_a_reset():
-    rewards, resets = np.array([[1.0], [2], [0], [3], [4]]), np.array([[False], [False], [True], [False], [False]])
-    accumulated = ppo.accumulate_rewards(rewards, resets, np.array([8.0]), 0.5)
-    assert accumulated[:, 0].tolist() == [5, 4.5, 0, 3, 5.5]
+def spy_on_return_statistics(monkeypatch):
+    """Let `train` work as ever and return the list that collects what each rollout adds to the return statistics."""
+    batches, update = [], ppo.RunningStatistics.update
+
+    def spy(self, batch):
+        if self.mean.ndim == 0:
+            batches.append(np.copy(batch))
+        return update(self, batch)
+
+    monkeypatch.setattr(ppo.RunningStatistics, "update", spy)
+    return batches
 
 
-@any_rollout
-@given(rollouts())
-def test_accumulated_rewards_are_the_discounted_sum_of_the_episode_so_far(r):
-    resets, start = r.dones, r.values[0]
-    rewards = np.where(resets, 0.0, r.rewards)
-    copies = [x.copy() for x in (rewards, resets, start)]
-    accumulated = ppo.accumulate_rewards(rewards, resets, start, r.gamma)
-    assert accumulated.shape == rewards.shape
-    for (t, n), result in np.ndenumerate(accumulated):
-        first = max((k for k in range(t + 1) if resets[k, n]), default=0)
-        expected = sum(r.gamma ** (t - k) * rewards[k, n] for k in range(first, t + 1))
-        if not resets[: t + 1, n].any():
-            expected += r.gamma ** (t + 1) * start[n]
-        assert result == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    for array, copy in zip((rewards, resets, start), copies, strict=True):
-        np.testing.assert_array_equal(array, copy)
+def test_discounted_returns_of_two_rollouts_worked_out_by_hand(run, monkeypatch):
+    batches = spy_on_return_statistics(monkeypatch)
+    env_id = register(lambda: Clock(length=3, reward=lambda episode, count: 2.0 ** (3 * episode + count - 4)))
+    flags = {"num_envs": 1, "num_steps": 5, "total_timesteps": 10, "num_minibatches": 1}
+    run(env_id, normalize_reward=True, gamma=0.5, **flags)
+    # Rewards are 1, 2, 4, reset, 8 and 16, 32, reset, 64, 128: the second episode is in both rollouts.
+    assert [batch.tolist() for batch in batches] == [[1, 2.5, 5.25, 8], [20, 42, 64, 160]]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("num_steps", [2, 5])
+def test_discounted_returns_are_the_discounted_sums_of_the_episodes_so_far(run, monkeypatch, num_steps, gamma):
+    batches, steps = spy_on_return_statistics(monkeypatch), []
+
+    class Recorded(Walkers):
+        def step(self, actions):
+            obs, rewards, terminations, truncations, infos = super().step(actions)
+            steps.append((rewards.astype(np.float32).astype(float), terminations | truncations))
+            return obs, rewards, terminations, truncations, infos
+
+    flags = {"num_envs": 8, "num_steps": num_steps, "total_timesteps": 8 * num_steps * 12, "num_minibatches": 1}
+    env_id = register(lambda num_envs: Recorded(num_envs, reset_reward=1e3))
+    agent, _ = run(env_id, normalize_reward=True, gamma=gamma, **flags)
+    rewards, dones = map(np.array, zip(*steps))
+    num_rows = len(rewards)
+    is_reset = np.concatenate([np.zeros((1, 8), bool), dones[:-1]])
+    expected = np.zeros((num_rows, 8))
+    for (t, n), _ in np.ndenumerate(expected):
+        start = max((k + 1 for k in range(t) if is_reset[k, n]), default=0)  # of the episode that row t is in
+        expected[t, n] = sum(gamma ** (t - k) * rewards[k, n] for k in range(start, t + 1))
+    assert len(batches) == 12
+    for i, batch in enumerate(batches):
+        rows = slice(i * num_steps, (i + 1) * num_steps)
+        np.testing.assert_allclose(batch, expected[rows][~is_reset[rows]], rtol=1e-9, atol=1e-9)
+    assert agent.return_statistics.count == (~is_reset).sum()
+    # Episodes have ended in every row of a rollout, and some have gone on for more than a whole one.
+    assert all(dones[row::num_steps].any() for row in range(num_steps))
+    assert any(not dones[t : t + num_steps + 1, n].any() for t in range(num_rows - num_steps) for n in range(8))
 
 
 def rewards_of_clocks(run, monkeypatch, **flags):
@@ -996,7 +1065,8 @@ WRONG_SETTINGS = [
     *(("num_envs", value) for value in (-1, 0)),
     *(("num_steps", value) for value in (-1, 0, 1)),
     *(("num_minibatches", value) for value in (-1, 0, 9, 16, 32, 10**6)),
-    *(("update_epochs", value) for value in (-1, 0)),
+    *((name, value) for name in ("update_epochs", "checkpoint_interval") for value in (-1, 0)),
+    ("eval_episodes", -1),
     *((name, value) for name in ("gamma", "gae_lambda") for value in (-0.1, 1.1, math.nan, math.inf)),
     *(
         (name, value)
@@ -1008,7 +1078,7 @@ WRONG_SETTINGS = [
         for name in ("clip_coef", "target_kl", "max_grad_norm", "clip_reward")
         for value in (-1.0, 0.0, math.nan)
     ),
-    *(("log_std_init", value) for value in (math.nan, math.inf, -math.inf)),
+    *(("log_std_init", value) for value in (-20.1, 20.1, math.nan, math.inf, -math.inf)),
 ]
 
 
@@ -1034,13 +1104,35 @@ def refusal(tmp_path):
 @pytest.mark.parametrize(("name", "value"), WRONG_SETTINGS)
 def test_a_setting_out_of_range_is_refused_by_the_name_of_its_flag(refusal, name, value):
     flags = {"num_envs": 2, "num_steps": 16, "total_timesteps": 32, "num_minibatches": 2, name: value}
-    assert refusal(**flags).startswith(f"--{name.replace('_', '-')} ")
+    line = refusal(**flags)
+    assert line.startswith(f"--{name.replace('_', '-')} must be ") and line.endswith(f", not {value}")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("seed", (0, 2**31 - 1)),
+        ("num_minibatches", (1, 8)),
+        ("log_std_init", (-20.0, 20.0)),
+        *((name, (0.0, 1.0)) for name in ("gamma", "gae_lambda")),
+        *((name, (0.0, 1e9)) for name in ("learning_rate", "vf_coef", "ent_coef", "kl_coef")),
+        *((name, (1e-9, math.inf)) for name in ("clip_coef", "max_grad_norm", "clip_reward", "target_kl")),
+        *((name, (1, 10**9)) for name in ("update_epochs", "checkpoint_interval")),
+        ("eval_episodes", (0, 10**9)),
+        ("total_timesteps", (32, 10**12)),
+        *((name, (None,)) for name in ("clip_reward", "target_kl")),
+    ],
+)
+def test_a_setting_at_the_end_of_its_range_is_accepted(name, values):
+    for value in values:
+        flags = {"num_envs": 2, "num_steps": 16, "total_timesteps": 32, "num_minibatches": 2, name: value}
+        ppo.check_args(ppo.Args(**flags))
 
 
 def test_the_least_number_of_timesteps_is_one_rollout_of_every_process():
     args = ppo.Args(**SMALL)
     ppo.check_args(args, world_size=2)
-    with pytest.raises(ppo.ConfigError, match="^--total-timesteps .* 48$"):
+    with pytest.raises(ppo.ConfigError, match="^--total-timesteps must be at least one rollout, 48, not 32$"):
         ppo.check_args(args, world_size=3)
 
 
@@ -1173,7 +1265,7 @@ def test_the_script_runs_alone_without_wandb_and_prints_a_bar_and_one_line(tmp_p
     assert result.returncode == 0, result.stderr
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert run_dir.name.startswith("CartPole-v1__ppo__1__")
-    assert sorted(path.name for path in run_dir.iterdir()) == ["args.json", "metrics.csv"]
+    assert sorted(path.name for path in run_dir.iterdir()) == ["args.json", "checkpoint.pt", "metrics.csv"]
     rows = read_rows(run_dir)
     for step, seconds, sps in zip(*(column(rows, name) for name in ("global_step", *TIME_COLUMNS)), strict=True):
         assert sps == pytest.approx(step / seconds, rel=0.05)
@@ -1295,6 +1387,31 @@ def test_the_log_probability_of_a_box_action_is_summed_over_its_dimensions():
     assert_close(dist.log_prob(actions), expected)
 
 
+@pytest.mark.parametrize("lead", [(), (5,), (4, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(3,), (2, 2), ()], ids=str)
+def test_a_diagonal_normal_is_the_distribution_of_pytorch_with_its_gradients(shape, lead):
+    torch.manual_seed(0)
+    mean, actions = torch.randn((*lead, *shape)), 3 * torch.randn((*lead, *shape))
+    log_std, weights = torch.randn(shape), torch.randn((2, *lead))
+    results = []
+    for make_dist in (
+        ppo.DiagonalNormal,
+        lambda mean, log_std: Independent(Normal(mean, log_std.exp().expand(mean.shape)), len(shape)),
+    ):
+        inputs = [x.clone().requires_grad_() for x in (mean, log_std, actions)]
+        dist = make_dist(*inputs[:2])
+        numbers = [dist.log_prob(inputs[2]), dist.entropy()]
+        assert [x.shape for x in numbers] == [lead, lead]
+        gradients = torch.autograd.grad((weights * torch.stack(numbers)).sum(), inputs)
+        torch.manual_seed(1)
+        sample, samples = dist.sample(), dist.sample((7,))
+        assert (sample.shape, samples.shape) == ((*lead, *shape), (7, *lead, *shape))
+        samples_logprobs = dist.log_prob(samples)
+        results.append([*numbers, *gradients, sample, samples, samples_logprobs, dist.mode, dist.mean, dist.variance])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs)
+
+
 def test_images_may_have_their_channels_first_or_last():
     obs = torch.as_tensor(sample(HWC, 2))
     value = make_agent(HWC).get_value(obs)
@@ -1379,10 +1496,11 @@ def test_running_statistics_are_those_of_all_batches_together(shape):
     np.testing.assert_allclose(statistics.var.numpy(), everything.var(0), rtol=1e-10)
 
 
-def test_an_average_over_processes_is_left_alone_without_torchrun():
+def test_without_torchrun_an_average_over_processes_is_left_alone_and_the_only_item_is_gathered():
     mean = torch.tensor([1.5, -2.0])
     assert ppo.average_over_processes(mean, 7) == 7
     assert mean.tolist() == [1.5, -2]
+    assert ppo.gather([1, 2]) == [[1, 2]]
 
 
 @pytest.mark.parametrize("space", [FLAT, RAM, CHW], ids=str)

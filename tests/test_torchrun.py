@@ -49,11 +49,15 @@ def start_at_the_same_point(agent):
     torch.nn.utils.vector_to_parameters(theta, agent.parameters())
     return theta
 
-gradients, clip_grad_norm_ = [], torch.nn.utils.clip_grad_norm_
+gradients = []
 
-def record(theta, max_norm):
-    gradients.append(theta.grad.clone())
-    return clip_grad_norm_(theta, max_norm)
+def record(average_over_processes):
+    def record_gradients(mean, count):
+        count = average_over_processes(mean, count)
+        if mean.numel() > 1000:
+            gradients.append(mean.clone())
+        return count
+    return record_gradients
 """
 
 
@@ -84,6 +88,7 @@ runs = {
 for name, (module, more) in runs.items():
     agent = module.train(module.Args(**{**flags, **more}, run_dir=name))
     torch.save(agent.state_dict(), f"{name}.{rank}.pt")
+torch.save(ppo.gather(("item of", rank)), f"gathered.{rank}.pt")
 """
 
 
@@ -101,6 +106,12 @@ def test_all_processes_end_with_the_same_bytes(trained, name):
     ours, theirs = (torch.load(folder / f"{name}.{rank}.pt", weights_only=True) for rank in (0, 1))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_every_process_gathers_the_items_of_all_in_the_same_order(trained):
+    folder, _ = trained
+    for rank in (0, 1):
+        assert torch.load(folder / f"gathered.{rank}.pt", weights_only=True) == [("item of", 0), ("item of", 1)]
 
 
 def test_the_same_seed_gives_the_same_bytes(trained):
@@ -128,7 +139,7 @@ GRADIENTS = """
 module, more = (ppo, dict(update_epochs=2, num_minibatches=1, norm_adv=False)) if "ppo" == {name!r} else (a2c, {{}})
 flatten_parameters = module.flatten_parameters
 module.NumpyPolicy.sample, module.flatten_parameters = act_by_observation, start_at_the_same_point
-torch.nn.utils.clip_grad_norm_ = record
+module.average_over_processes = record(module.average_over_processes)
 args = module.Args(
     env_id="Noise-v0", num_envs=2 if torch.distributed.is_initialized() else 4, num_steps=8, total_timesteps=32 * 5,
     ent_coef=0.1, normalize_obs=True, normalize_reward=True, clip_reward=10.0, run_dir={name!r}, **more,
@@ -209,7 +220,7 @@ def test_statistics_are_merged_over_processes_with_as_many_rows_as_each_has(tmp_
 def test_a_budget_under_one_rollout_of_all_processes_is_refused(tmp_path):
     done = execute(tmp_path, "ppo.train(ppo.Args(num_envs=4, num_steps=8, total_timesteps=63))", num_processes=2)
     assert done.returncode != 0
-    assert "--total-timesteps must be at least one rollout, 64" in done.stderr
+    assert "--total-timesteps must be at least one rollout, 64, not 63" in done.stderr
 
 
 def test_the_script_itself_runs_under_torchrun(tmp_path):
