@@ -25,8 +25,8 @@ The prefix b_ marks the flat batch of a rollout's transitions.
 import io
 import json
 import math
-import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -60,7 +60,7 @@ class Args:
     num_workers: int = os.cpu_count() or 1  # processes that collect and learn; None waits for another
     num_envs: int = 1  # N, environments of each worker, which step together
     num_steps: int = 64  # T or t_max, steps of each environment in a rollout
-    vectorization_mode: Literal["sync", "async", "native"] | None = None  # None: native where it pays, else sync
+    vectorization_mode: Literal["sync", "native"] | None = None  # None: native where it pays, else sync
     normalize_obs: bool = False  # standardize observations by their running mean and variance, and clip them to +-10
     normalize_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     clip_reward: float | None = None  # bound on |reward|, after any normalization: 10 goes with it, 1 with Atari
@@ -93,7 +93,7 @@ class ConfigError(Exception):
 
 
 class RunError(Exception):
-    """What ends a run besides its own errors: a full disk, or a process of the environments that was killed."""
+    """What ends a run besides its own errors: a disk that is full."""
 
 
 def make_envs(args):
@@ -107,8 +107,6 @@ def make_envs(args):
     mode = args.vectorization_mode or ("sync" if args.num_envs == 1 and not is_atari else None)
     mode = "vector_entry_point" if mode == "native" else mode
     kwargs = {"reward_clipping": False} if is_atari and mode in (None, "vector_entry_point") else {}
-    if mode == "async":
-        kwargs["wrappers"] = (ignore_ctrl_c,)
     if args.capture_video:
         kwargs["render_mode"] = "rgb_array"
     try:
@@ -450,16 +448,21 @@ def worker(
 def arrivals(workers, reports, run, num_rollouts, num_iterations):
     """Yield the reports until all workers have ended, which is soon once the run is to stop; no worker outlives this.
 
-    If a worker fails or is killed, raise.
+    If a worker has failed or was killed, raise, after the reports that have arrived.
     """
-    are_done = False
+    are_done, failure = False, None
     try:
         while not are_done:
-            are_done = workers.join(timeout=0.05)
+            try:
+                are_done = workers.join(timeout=0.05)
+            except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+                are_done, failure = True, error
             if run.signal:
                 num_rollouts.get_obj().value = num_iterations  # there are none left to claim
             while not reports.empty():
                 yield reports.get()
+        if failure:
+            raise failure
     finally:
         for process in workers.processes:
             process.kill()
@@ -497,6 +500,7 @@ def train(args):
     for tensor in (theta, *agent.buffers(), *optimizer.state[theta].values()):
         tensor.share_memory_()
 
+    note = ", resumed with new episodes" if checkpoint else ""
     is_main = first_iteration < num_iterations
     run = Run(args, envs, checkpoint, is_main)
     total_timesteps, start_time = num_iterations * rollout_size, time.perf_counter() - seconds
@@ -533,6 +537,7 @@ def train(args):
             check_finite(global_step, **{name: metrics[name] for name in names[:3]})
             run.write(metrics)
             last_return = f"return {fmean(last_returns):.1f}" if last_returns else "no episode has ended"
+            run.summary = f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s{note}"
             bar.set_postfix_str(last_return, refresh=False)
             bar.update(len(diagnostics) * rollout_size)
             run.state = {
@@ -550,12 +555,6 @@ def train(args):
             run.save()
 
     torch.set_num_threads(num_threads)
-    if is_main:
-        note = ", resumed with new episodes" if checkpoint else ""
-        print(f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s{note}, {run.dir}")
-    if run.signal:
-        print(f"go on: python {Path(__file__).name} --resume {run.dir}/checkpoint.pt")
-        sys.exit(128 + run.signal)
     if args.eval_episodes > 0:
         evaluate(agent, args, run.dir)
     return agent
@@ -582,16 +581,10 @@ def check_args(args, checkpoint=None):
             if not holds(getattr(args, name)):
                 raise ConfigError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(args, name)}")
     may_change = "total_timesteps checkpoint_interval resume eval_episodes eval_deterministic capture_video track"
+    may_change += " wandb_project_name wandb_entity"
     for name, value in checkpoint["args"].items() if checkpoint else ():
         if getattr(args, name) != value and name not in may_change.split():
             raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
-
-
-def ignore_ctrl_c(env):
-    """Leave Ctrl-C, which a terminal sends to all processes, to the one that trains."""
-    if multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return env
 
 
 def check_finite(global_step, **quantities):
@@ -651,37 +644,42 @@ class Run:
     """The folder of a run, with metrics.csv, checkpoint.pt and args.json, and the end of all that a run has started.
 
     Ctrl-C or SIGTERM sets `signal`, upon which `train` ends after the iteration; a second one acts at once. If a run
-    fails while `state` is set, as it is in a rollout, that is saved.
+    fails while `state` is set, as it is in a rollout, that is saved. `summary` is printed where a run ends in order.
     """
 
     def __init__(self, args, envs, checkpoint, is_main):
         name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
-        self.args, self.envs, self.is_main, self.videos = args, envs, is_main, set()
-        self.signal = self.state = self.wandb = self.csv = None
+        self.args, self.envs, self.is_main, self.num_videos = args, envs, is_main, 0
+        self.summary = self.signal = self.state = self.wandb = None
+        self.wandb_id = checkpoint["wandb_id"] if checkpoint else None
         if not is_main:
             return
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            if args.track:
-                self.start_wandb(args, name, checkpoint["wandb_id"] if checkpoint else None)
-            self.csv = open(self.dir / "metrics.csv", "r+" if checkpoint else "x", buffering=1)
+            self.csv = open(self.dir / "metrics.csv", "r+b" if checkpoint else "xb", buffering=0)
             if checkpoint:  # rows that were written after it are about to come again
                 self.csv.seek(self.csv.truncate(checkpoint["csv_size"]))
+                self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
             (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         except OSError as error:
             remedy = "a checkpoint needs its run folder" if checkpoint else "choose a new, writable --run-dir"
             raise ConfigError(f"{error.filename}: {error.strerror}; {remedy}") from error
+        if args.track:
+            self.start_wandb(args, name)
 
-    def start_wandb(self, args, name, wandb_id):
+    def start_wandb(self, args, name):
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": wandb_id}
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": self.wandb_id}
         try:
-            self.wandb = wandb.init(**names, resume="allow" if wandb_id else None, config=vars(args), dir=self.dir)
-            self.wandb_video = wandb.Video
+            resume = "allow" if self.wandb_id else None
+            self.wandb = wandb.init(**names, resume=resume, config=vars(args), dir=self.dir)
         except wandb.Error as error:
+            if not args.resume:
+                (self.dir / "metrics.csv").unlink()  # leaves the folder to the next try
             raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
+        self.wandb_id, self.wandb_video = self.wandb.id, wandb.Video
 
     def __enter__(self):
         self.handlers = {}
@@ -694,19 +692,26 @@ class Run:
         signal.signal(number, self.handlers[number])
 
     def write(self, metrics):
-        """Write a row of metrics.csv, and send it to Weights & Biases with the videos that are new."""
+        """Write a row of metrics.csv, after the header if it is the first, and send it to Weights & Biases."""
+        cells = ["" if value is None else str(value) for value in metrics.values()]
+        lines = [",".join(metrics)] * (self.csv.tell() == 0) + [",".join(cells)]
+        data = "".join(f"{line}\n" for line in lines).encode()
         try:
-            if self.csv.tell() == 0:
-                print(*metrics, sep=",", file=self.csv)
-            print(*("" if value is None else value for value in metrics.values()), sep=",", file=self.csv)
+            while data:
+                data = data[self.csv.write(data) :]
         except OSError as error:
             raise RunError(f"{self.csv.name}: {error.strerror}") from error
+        self.send(metrics)
+
+    def send(self, metrics, end=-1):
+        """Send metrics and new videos to Weights & Biases; the newest video, which may be half written, at the end."""
         if self.wandb:
             try:
-                videos = set(self.dir.glob("videos/*.mp4")) - self.videos
+                videos = sorted(self.dir.glob("videos/*.mp4"), key=os.path.getmtime)[self.num_videos : end]
                 media = {path.stem: self.wandb_video(str(path)) for path in videos}
-                self.wandb.log(metrics | media, step=metrics["global_step"])
-                self.videos |= videos
+                if media or end == -1:
+                    self.wandb.log(metrics | media, step=metrics["global_step"])
+                self.num_videos += len(videos)
             except Exception as error:
                 tqdm.write(f"--track: {error}; training goes on without it", file=sys.stderr)
                 self.wandb = None
@@ -715,8 +720,7 @@ class Run:
         """Write checkpoint.pt such that a kill at any moment leaves a whole one, this or the one before."""
         buffer, path, temporary = io.BytesIO(), self.dir / "checkpoint.pt", self.dir / "checkpoint.tmp"
         about = {"script": Path(__file__).stem, "args": vars(self.args), "csv_size": self.csv.tell()}
-        about |= {"wandb_id": self.wandb.id if self.wandb else None, "processes": processes}
-        torch.save(about | self.state, buffer)
+        torch.save(about | {"wandb_id": self.wandb_id, "processes": processes} | self.state, buffer)
         try:
             os.fsync(self.csv.fileno())
             with open(temporary, "wb") as file:
@@ -726,28 +730,27 @@ class Run:
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise RunError(f"{path}: {error.strerror}; the one before is whole") from error
+            raise RunError(f"{path}: {error.strerror}") from error
 
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        processes = getattr(self.envs.unwrapped, "processes", ())
-        if error or not all(process.is_alive() for process in processes):
-            for process in processes:  # asked to close, one that hangs or has died might never answer
-                process.kill()
-                process.join()
-            self.envs.unwrapped.closed = True
         self.envs.close()
         if self.is_main:
             if error and self.state:
                 self.save()
             self.csv.close()
+            if self.wandb and self.state:
+                self.send({"global_step": self.state["progress"][1]}, end=None)
             if self.wandb:
                 self.wandb.finish(exit_code=int(error is not None))
-        if error and self.signal:
+            if self.summary and (self.signal or not error):
+                print(f"{self.summary}, {self.dir}")
+            if self.signal and self.state:
+                path = shlex.quote(str(self.dir / "checkpoint.pt"))
+                print(f"go on: python {Path(__file__).name} --resume {path}")
+        if self.signal:
             sys.exit(128 + self.signal)
-        if processes and isinstance(error, (EOFError, ConnectionError)):
-            raise RunError("a process of --vectorization-mode async has died") from error
 
 
 if __name__ == "__main__":

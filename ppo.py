@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -366,7 +367,6 @@ def train(args):
 
     num_iterations = args.total_timesteps // (T * N * world_size)
     first_iteration, global_step, num_episodes, last_returns, seconds, kl_coef = 0, 0, 0, [], 0.0, args.kl_coef
-    stop_signal = None
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -374,10 +374,11 @@ def train(args):
     # Gymnasium seeds environment i with seed + i. So spaced, neighbouring runs share none; Atari takes 31 bits.
     obs[-1], _ = envs.reset(seed=(seed * N + global_step) % (2**31 - N))
     check_finite(global_step, observation=obs[-1])
-    is_afresh = False
+    note = ""
     if checkpoint:
         states = checkpoint["processes"]
-        is_afresh = states is None or not set_process_state(states[rank], envs, rng, last_rows)
+        if states is None or not set_process_state(states[rank], envs, rng, last_rows):
+            note = ", resumed with new episodes"
 
     is_main = rank == 0 and first_iteration < num_iterations
     run = Run(args, envs, checkpoint, is_main)
@@ -496,7 +497,7 @@ def train(args):
             # Log.
             gathered = gather((new_episodes, run.signal))
             new_episodes = [episode for episodes, _ in gathered for episode in episodes]
-            stop_signal = next((number for _, number in gathered if number), None)
+            run.signal = next((number for _, number in gathered if number), None)
             num_episodes += len(new_episodes)
             last_returns = [*last_returns, *(r for r, _ in new_episodes)][-100:]
             names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
@@ -521,6 +522,7 @@ def train(args):
             if is_main:
                 run.write(metrics)
             last_return = f"return {fmean(last_returns):.1f}" if last_returns else "no episode has ended"
+            run.summary = f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s{note}"
             bar.set_postfix_str(last_return, refresh=False)
             bar.update(T * N * world_size)
             run.state = {
@@ -528,21 +530,14 @@ def train(args):
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
             }
-            if stop_signal or (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
+            if run.signal or (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
                 processes = gather(get_process_state(envs, rng, last_rows))
                 if is_main:
                     run.save(processes)
-            if stop_signal:
+            if run.signal:
                 break
 
     torch.set_num_threads(num_threads)
-    if is_main:
-        note = ", resumed with new episodes" if is_afresh else ""
-        print(f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s{note}, {run.dir}")
-    if stop_signal:
-        if is_main:
-            print(f"go on: python {Path(__file__).name} --resume {run.dir}/checkpoint.pt")
-        sys.exit(128 + stop_signal)
     if rank == 0 and args.eval_episodes > 0:
         evaluate(agent, args, run.dir)
     return agent
@@ -573,7 +568,8 @@ def check_args(args, world_size=1, checkpoint=None):
         for name in names:
             if not holds(getattr(args, name)):
                 raise ConfigError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(args, name)}")
-    may_change = "total_timesteps checkpoint_interval resume eval_episodes eval_deterministic capture_video track cuda"
+    may_change = "total_timesteps checkpoint_interval resume eval_episodes eval_deterministic capture_video track"
+    may_change += " wandb_project_name wandb_entity cuda"
     for name, value in checkpoint["args"].items() if checkpoint else ():
         if getattr(args, name) != value and name not in may_change.split():
             raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
@@ -649,9 +645,10 @@ def evaluate(agent, args, run_dir):
 
 
 def env_parts(env):
-    """An environment and all the wrappers and environments inside it, outermost first."""
+    """An environment and all the wrappers and environments inside it but RecordVideo, outermost first."""
     inside = [vars(env)["env"]] if "env" in vars(env) else vars(env).get("envs", [])
-    return [env, *(part for inner in inside for part in env_parts(inner))]
+    parts = [part for inner in inside for part in env_parts(inner)]
+    return parts if isinstance(env, RecordVideo) else [env, *parts]
 
 
 def get_process_state(envs, rng, rows):
@@ -660,7 +657,8 @@ def get_process_state(envs, rng, rows):
     That includes the environments if they are Gymnasium's classic control in this process; others start afresh.
     """
     parts, arrays = env_parts(envs), (np.ndarray, np.generic, tuple)
-    modules = ("gymnasium.wrappers.", "gymnasium.vector.sync", "gymnasium.envs.classic_control.")
+    modules = ["envs.classic_control.", "vector.sync", "wrappers.common", "wrappers.vector."]
+    modules = tuple(f"gymnasium.{name}" for name in modules)  # where no state hides in other objects
     state = {"torch_rng": torch.get_rng_state(), "rng": rng.bit_generator.state, "rows": None, "parts": None}
     if all(type(part).__module__.startswith(modules) for part in parts):
         state["rows"], state["parts"] = [torch.tensor(row) for row in rows], [{} for _ in parts]
@@ -709,37 +707,42 @@ class Run:
     """The folder of a run, with metrics.csv, checkpoint.pt and args.json, and the end of all that a run has started.
 
     Ctrl-C or SIGTERM sets `signal`, upon which `train` ends after the iteration; a second one acts at once. If a run
-    fails while `state` is set, as it is in a rollout, that is saved.
+    fails while `state` is set, as it is in a rollout, that is saved. `summary` is printed where a run ends in order.
     """
 
     def __init__(self, args, envs, checkpoint, is_main):
         name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
-        self.args, self.envs, self.is_main, self.videos = args, envs, is_main, set()
-        self.signal = self.state = self.wandb = self.csv = None
+        self.args, self.envs, self.is_main, self.num_videos = args, envs, is_main, 0
+        self.summary = self.signal = self.state = self.wandb = None
+        self.wandb_id = checkpoint["wandb_id"] if checkpoint else None
         if not is_main:
             return
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            if args.track:
-                self.start_wandb(args, name, checkpoint["wandb_id"] if checkpoint else None)
-            self.csv = open(self.dir / "metrics.csv", "r+" if checkpoint else "x", buffering=1)
+            self.csv = open(self.dir / "metrics.csv", "r+b" if checkpoint else "xb", buffering=0)
             if checkpoint:  # rows that were written after it are about to come again
                 self.csv.seek(self.csv.truncate(checkpoint["csv_size"]))
+                self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
             (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         except OSError as error:
             remedy = "a checkpoint needs its run folder" if checkpoint else "choose a new, writable --run-dir"
             raise ConfigError(f"{error.filename}: {error.strerror}; {remedy}") from error
+        if args.track:
+            self.start_wandb(args, name)
 
-    def start_wandb(self, args, name, wandb_id):
+    def start_wandb(self, args, name):
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": wandb_id}
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": self.wandb_id}
         try:
-            self.wandb = wandb.init(**names, resume="allow" if wandb_id else None, config=vars(args), dir=self.dir)
-            self.wandb_video = wandb.Video
+            resume = "allow" if self.wandb_id else None
+            self.wandb = wandb.init(**names, resume=resume, config=vars(args), dir=self.dir)
         except wandb.Error as error:
+            if not args.resume:
+                (self.dir / "metrics.csv").unlink()  # leaves the folder to the next try
             raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
+        self.wandb_id, self.wandb_video = self.wandb.id, wandb.Video
 
     def __enter__(self):
         self.handlers = {}
@@ -752,19 +755,26 @@ class Run:
         signal.signal(number, self.handlers[number])
 
     def write(self, metrics):
-        """Write a row of metrics.csv, and send it to Weights & Biases with the videos that are new."""
+        """Write a row of metrics.csv, after the header if it is the first, and send it to Weights & Biases."""
+        cells = ["" if value is None else str(value) for value in metrics.values()]
+        lines = [",".join(metrics)] * (self.csv.tell() == 0) + [",".join(cells)]
+        data = "".join(f"{line}\n" for line in lines).encode()
         try:
-            if self.csv.tell() == 0:
-                print(*metrics, sep=",", file=self.csv)
-            print(*("" if value is None else value for value in metrics.values()), sep=",", file=self.csv)
+            while data:
+                data = data[self.csv.write(data) :]
         except OSError as error:
             raise RunError(f"{self.csv.name}: {error.strerror}") from error
+        self.send(metrics)
+
+    def send(self, metrics, end=-1):
+        """Send metrics and new videos to Weights & Biases; the newest video, which may be half written, at the end."""
         if self.wandb:
             try:
-                videos = set(self.dir.glob("videos/*.mp4")) - self.videos
+                videos = sorted(self.dir.glob("videos/*.mp4"), key=os.path.getmtime)[self.num_videos : end]
                 media = {path.stem: self.wandb_video(str(path)) for path in videos}
-                self.wandb.log(metrics | media, step=metrics["global_step"])
-                self.videos |= videos
+                if media or end == -1:
+                    self.wandb.log(metrics | media, step=metrics["global_step"])
+                self.num_videos += len(videos)
             except Exception as error:
                 tqdm.write(f"--track: {error}; training goes on without it", file=sys.stderr)
                 self.wandb = None
@@ -773,8 +783,7 @@ class Run:
         """Write checkpoint.pt such that a kill at any moment leaves a whole one, this or the one before."""
         buffer, path, temporary = io.BytesIO(), self.dir / "checkpoint.pt", self.dir / "checkpoint.tmp"
         about = {"script": Path(__file__).stem, "args": vars(self.args), "csv_size": self.csv.tell()}
-        about |= {"wandb_id": self.wandb.id if self.wandb else None, "processes": processes}
-        torch.save(about | self.state, buffer)
+        torch.save(about | {"wandb_id": self.wandb_id, "processes": processes} | self.state, buffer)
         try:
             os.fsync(self.csv.fileno())
             with open(temporary, "wb") as file:
@@ -784,7 +793,7 @@ class Run:
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise RunError(f"{path}: {error.strerror}; the one before is whole") from error
+            raise RunError(f"{path}: {error.strerror}") from error
 
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
@@ -800,9 +809,18 @@ class Run:
             if error and self.state:
                 self.save()
             self.csv.close()
+            if self.wandb and self.state:
+                self.send({"global_step": self.state["progress"][1]}, end=None)
             if self.wandb:
                 self.wandb.finish(exit_code=int(error is not None))
-        if error and self.signal:
+            if self.summary and (self.signal or not error):
+                print(f"{self.summary}, {self.dir}")
+            if self.signal and self.state:
+                world_size = os.environ["LOCAL_WORLD_SIZE"] if torch.distributed.is_initialized() else 0
+                command = f"torchrun --nproc-per-node {world_size}" if world_size else "python"
+                path = shlex.quote(str(self.dir / "checkpoint.pt"))
+                print(f"go on: {command} {Path(__file__).name} --resume {path}")
+        if self.signal:
             sys.exit(128 + self.signal)
         if processes and isinstance(error, (EOFError, ConnectionError)):
             raise RunError("a process of --vectorization-mode async has died") from error

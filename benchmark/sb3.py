@@ -69,7 +69,7 @@ def train(name, args):
             "n_epochs": args.update_epochs,
             "normalize_advantage": args.norm_adv,
             "clip_range": args.clip_coef,
-            "target_kl": args.target_kl,
+            "target_kl": args.target_kl and args.target_kl / 1.5,  # an update ends at 1.5 times it
         }
     model = getattr(stable_baselines3, name.upper())("MlpPolicy", envs, seed=args.seed, device="cpu", **settings)
     run_dir = Path(args.run_dir or f"runs/{args.env_id}__sb3-{name}__{args.seed}")
