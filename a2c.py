@@ -788,3 +788,6 @@ if __name__ == "__main__":
         sys.exit(f"{Path(__file__).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if torch.distributed.is_initialized():  # else PyTorch sometimes aborts at the exit
+            torch.distributed.destroy_process_group()

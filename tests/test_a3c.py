@@ -53,8 +53,8 @@ def optimizers(monkeypatch):
 def test_what_the_scripts_have_in_common_is_the_same_text():
     ours, theirs = definitions("a3c.py"), definitions("a2c.py")
     assert {name for name in theirs if ours.get(name) != theirs[name]} == {
-        "Args", "check_args", "RunningStatistics", "train", "gather", "average_over_processes", "env_parts",
-        "get_process_state", "set_process_state",
+        "Args", "RunError", "make_envs", "RunningStatistics", "train", "check_args", "ignore_ctrl_c", "gather",
+        "average_over_processes", "env_parts", "get_process_state", "set_process_state", "Run",
     }  # fmt: skip
     assert list(ours.keys() - theirs.keys()) and ours.keys() - theirs.keys() == {"claim", "worker", "arrivals"}
 

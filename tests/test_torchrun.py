@@ -18,13 +18,14 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # An environment that does what its seed says, whatever the actions are, and has many short episodes; a policy and
 # initial parameters that depend on nothing but the observations. So 2 x 2 environments live through what 1 x 4 do.
 PRELUDE = """
-import os, signal, sys
+import atexit, os, signal, sys
 import gymnasium as gym, numpy as np, torch
 import a2c, ppo
 
 rank = int(os.environ.get("RANK", 0))
 if torch.distributed.is_torchelastic_launched():
     torch.distributed.init_process_group()
+    atexit.register(torch.distributed.destroy_process_group)
 
 class Noise(gym.Env):
     observation_space, action_space = gym.spaces.Box(-9, 9, (3,)), gym.spaces.Discrete(2)
