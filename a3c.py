@@ -344,7 +344,7 @@ def worker(
     torch.set_num_threads(1)
     seed = args.seed * args.num_workers + index
     torch.manual_seed(seed)
-    rng = np.random.default_rng((seed, 1))  # with seed alone, it would repeat the numbers of an environment
+    rng = np.random.default_rng((seed, 1, global_step))  # with seed alone, it would repeat an environment's numbers
     envs = make_envs(args)
     if args.capture_video and index == 0:
         prefix = f"training-from-{global_step}"
@@ -426,6 +426,7 @@ def worker(
         theta.grad.zero_()
         loss.backward()
         theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)
+        check_finite((iteration + 1) * T * N, loss=loss.item(), gradient=theta.grad.numpy())
         with update_lock:
             optimizer.step()
             staleness = num_updates.value - num_updates_before
@@ -562,13 +563,13 @@ def train(args):
 
 def check_args(args, checkpoint=None):
     """Raise a ConfigError for the first setting that is out of range, or does not fit the others or the checkpoint."""
-    batch_size = 0 if args.resume else args.num_envs * args.num_steps
-    fewest_steps = 2 if args.num_envs > 1 else 4
+    rollout_size = args.num_envs * args.num_steps
+    fewest_steps, fewest_in_all = 2 if args.num_envs > 1 else 4, 0 if checkpoint else rollout_size
     rules = {
         "from 0 to 2147483647": (("seed",), lambda x: 0 <= x < 2**31),
         "at least 1": (("num_workers", "num_envs", "checkpoint_interval"), lambda x: x >= 1),
         f"at least {fewest_steps} with so many environments": (("num_steps",), lambda x: x >= fewest_steps),
-        f"at least one rollout, {batch_size}": (("total_timesteps",), lambda x: x >= batch_size),
+        f"at least one rollout, {rollout_size}": (("total_timesteps",), lambda x: x >= fewest_in_all),
         "from -20 to 20": (("log_std_init",), lambda x: -20 <= x <= 20),
         "from 0 to 1": (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1),
         "at least 0 and finite": (("learning_rate", "vf_coef", "ent_coef"), lambda x: 0 <= x < math.inf),
@@ -585,6 +586,9 @@ def check_args(args, checkpoint=None):
     for name, value in checkpoint["args"].items() if checkpoint else ():
         if getattr(args, name) != value and name not in may_change.split():
             raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
+    is_done = checkpoint and args.total_timesteps // rollout_size <= checkpoint["progress"][0]
+    if is_done and args.eval_episodes == 0:
+        raise ConfigError(f"--total-timesteps must be above the {checkpoint['progress'][1]} steps that are done")
 
 
 def check_finite(global_step, **quantities):
@@ -617,16 +621,19 @@ def evaluate(agent, args, run_dir):
                 returns[i].append(infos["episode"]["r"][i].item())
     envs.close()
     returns = np.concatenate(returns)
-    mean, std = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else 0.0
-    nu, z = max(num_episodes - 1, 1), 1.96  # the expansion of Student's t in 1 / nu
-    half = (z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)) * std / num_episodes**0.5
-    print(f"evaluation: return {mean:.1f}, std {std:.1f}, 95 % interval {mean - half:.1f} to {mean + half:.1f}")
-    results = {"mean": mean, "std": std, "interval_95": [mean - half, mean + half], "returns": returns.tolist()}
+    mean, std, nu, z = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else math.nan, num_episodes - 1, 1.96
+    t = {0: math.nan, 1: 12.706, 2: 4.303, 3: 3.182}.get(nu)  # Student's t, and from 4 on its expansion in 1 / nu
+    t = t or z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)
+    low, high = mean - t * std / num_episodes**0.5, mean + t * std / num_episodes**0.5
+    print(f"evaluation: return {mean:.1f}, std {std:.1f}, 95 % interval {low:.1f} to {high:.1f}")
+    results = {"mean": mean, "std": std, "interval_95": [low, high], "returns": returns.tolist()}
+    if num_episodes == 1:
+        results |= {"std": None, "interval_95": None}  # JSON has no NaN
     (run_dir / "eval.json").write_text(json.dumps(results, indent=2))
 
 
 def load_checkpoint(path):
-    """Read what `Run.save` wrote, or raise a ConfigError. Nothing in a checkpoint is run as code."""
+    """Read what `Run.save` wrote, or raise a ConfigError. A checkpoint is data; only its env_id can name a package."""
     try:
         if zipfile.ZipFile(path).testzip() is not None:  # the first part whose checksum is wrong
             raise ValueError("it is damaged")
@@ -634,6 +641,9 @@ def load_checkpoint(path):
         if checkpoint["script"] != Path(__file__).stem:
             raise ValueError(f"{checkpoint['script']}.py wrote it")
         Args(**checkpoint["args"])
+        missing = {"csv_size", "wandb_id", "processes", "progress", "agent", "optimizer"} - checkpoint.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
         return checkpoint
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -651,13 +661,15 @@ class Run:
         name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
         self.args, self.envs, self.is_main, self.num_videos = args, envs, is_main, 0
-        self.summary = self.signal = self.state = self.wandb = None
+        self.summary = self.signal = self.state = self.wandb = self.global_step = None
         self.wandb_id = checkpoint["wandb_id"] if checkpoint else None
         if not is_main:
             return
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.csv = open(self.dir / "metrics.csv", "r+b" if checkpoint else "xb", buffering=0)
+            if checkpoint and self.csv.seek(0, os.SEEK_END) < checkpoint["csv_size"]:
+                raise ConfigError(f"{self.csv.name} is shorter than it was when {args.resume} was written")
             if checkpoint:  # rows that were written after it are about to come again
                 self.csv.seek(self.csv.truncate(checkpoint["csv_size"]))
                 self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
@@ -701,6 +713,7 @@ class Run:
                 data = data[self.csv.write(data) :]
         except OSError as error:
             raise RunError(f"{self.csv.name}: {error.strerror}") from error
+        self.global_step = metrics["global_step"]
         self.send(metrics)
 
     def send(self, metrics, end=-1):
@@ -728,6 +741,7 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            self.state = None if processes else self.state  # what fails from here on has nothing to add
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise RunError(f"{path}: {error.strerror}") from error
@@ -735,18 +749,18 @@ class Run:
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.is_main and error and self.state:
+            self.save()
         self.envs.close()
         if self.is_main:
-            if error and self.state:
-                self.save()
             self.csv.close()
-            if self.wandb and self.state:
-                self.send({"global_step": self.state["progress"][1]}, end=None)
+            if self.wandb and self.global_step:
+                self.send({"global_step": self.global_step}, end=None)
             if self.wandb:
                 self.wandb.finish(exit_code=int(error is not None))
             if self.summary and (self.signal or not error):
                 print(f"{self.summary}, {self.dir}")
-            if self.signal and self.state:
+            if self.signal and (self.dir / "checkpoint.pt").exists():
                 path = shlex.quote(str(self.dir / "checkpoint.pt"))
                 print(f"go on: python {Path(__file__).name} --resume {path}")
         if self.signal:

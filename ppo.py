@@ -337,7 +337,8 @@ def train(args):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
     seed = args.seed * world_size + rank
     torch.manual_seed(seed)
-    rng = np.random.default_rng((seed, 1))  # with seed alone, it would repeat the numbers of an environment
+    steps_done = checkpoint["progress"][1] if checkpoint else 0
+    rng = np.random.default_rng((seed, 1, steps_done))  # with seed alone, it would repeat an environment's numbers
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if torch.cuda.is_available() and not args.cuda:
         print("A GPU is there and not used: --cuda trains on it, which pays for images.", file=sys.stderr)
@@ -488,16 +489,16 @@ def train(args):
                 kl = (logratio.exp() - 1 - logratio).mean()
                 average_over_processes(kl, len(b_obs))
                 if kl < args.target_kl / 1.5:
-                    kl_coef /= 2
+                    kl_coef = max(kl_coef / 2, 1e-6)  # without bounds, it would be lost at 0 or at infinity
                 elif kl > args.target_kl * 1.5:
-                    kl_coef *= 2
+                    kl_coef = min(kl_coef * 2, 1e6)
             if args.normalize_obs:
                 agent.obs_statistics.update(b_obs)
 
             # Log.
             gathered = gather((new_episodes, run.signal))
             new_episodes = [episode for episodes, _ in gathered for episode in episodes]
-            run.signal = next((number for _, number in gathered if number), None)
+            stop_signal = next((number for _, number in gathered if number), None)  # the same for all processes
             num_episodes += len(new_episodes)
             last_returns = [*last_returns, *(r for r, _ in new_episodes)][-100:]
             names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
@@ -518,7 +519,7 @@ def train(args):
                 "kl_coef": kl_coef,
                 "learning_rate": optimizer.param_groups[0]["lr"],
             }
-            check_finite(global_step, **{name: metrics[name] for name in names})
+            check_finite(global_step, **{name: metrics[name] for name in names}, parameters=theta.numpy(force=True))
             if is_main:
                 run.write(metrics)
             last_return = f"return {fmean(last_returns):.1f}" if last_returns else "no episode has ended"
@@ -529,12 +530,14 @@ def train(args):
                 "progress": (iteration + 1, global_step, num_episodes, last_returns, seconds, kl_coef),
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
+                "world_size": world_size,
             }
-            if run.signal or (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
+            if stop_signal or (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
                 processes = gather(get_process_state(envs, rng, last_rows))
                 if is_main:
                     run.save(processes)
-            if run.signal:
+            if stop_signal:
+                run.signal = stop_signal
                 break
 
     torch.set_num_threads(num_threads)
@@ -545,14 +548,14 @@ def train(args):
 
 def check_args(args, world_size=1, checkpoint=None):
     """Raise a ConfigError for the first setting that is out of range, or does not fit the others or the checkpoint."""
-    batch_size = 0 if args.resume else args.num_envs * args.num_steps * world_size
-    fewest_steps = 2 if args.num_envs > 1 else 4
+    rollout_size = args.num_envs * args.num_steps * world_size
+    fewest_steps, fewest_in_all = 2 if args.num_envs > 1 else 4, 0 if checkpoint else rollout_size
     most_minibatches = args.num_envs * (args.num_steps // 2) // 2  # half the rows of a rollout can be resets
     rules = {
         "from 0 to 2147483647": (("seed",), lambda x: 0 <= x < 2**31),
         "at least 1": (("num_envs", "update_epochs", "checkpoint_interval"), lambda x: x >= 1),
         f"at least {fewest_steps} with so many environments": (("num_steps",), lambda x: x >= fewest_steps),
-        f"at least one rollout, {batch_size}": (("total_timesteps",), lambda x: x >= batch_size),
+        f"at least one rollout, {rollout_size}": (("total_timesteps",), lambda x: x >= fewest_in_all),
         f"from 1 to {most_minibatches}, so that each has two transitions": (
             ("num_minibatches",), lambda x: 1 <= x <= most_minibatches,
         ),
@@ -573,8 +576,11 @@ def check_args(args, world_size=1, checkpoint=None):
     for name, value in checkpoint["args"].items() if checkpoint else ():
         if getattr(args, name) != value and name not in may_change.split():
             raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
-    if checkpoint and checkpoint["processes"] and len(checkpoint["processes"]) != world_size:
-        raise ConfigError(f"--resume needs the {len(checkpoint['processes'])} processes of before, not {world_size}")
+    if checkpoint and checkpoint["world_size"] != world_size and args.total_timesteps > 0:
+        raise ConfigError(f"--resume needs as many processes as before, {checkpoint['world_size']}, not {world_size}")
+    is_done = checkpoint and args.total_timesteps // rollout_size <= checkpoint["progress"][0]
+    if is_done and args.eval_episodes == 0:
+        raise ConfigError(f"--total-timesteps must be above the {checkpoint['progress'][1]} steps that are done")
 
 
 def ignore_ctrl_c(env):
@@ -636,11 +642,14 @@ def evaluate(agent, args, run_dir):
                 returns[i].append(infos["episode"]["r"][i].item())
     envs.close()
     returns = np.concatenate(returns)
-    mean, std = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else 0.0
-    nu, z = max(num_episodes - 1, 1), 1.96  # the expansion of Student's t in 1 / nu
-    half = (z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)) * std / num_episodes**0.5
-    print(f"evaluation: return {mean:.1f}, std {std:.1f}, 95 % interval {mean - half:.1f} to {mean + half:.1f}")
-    results = {"mean": mean, "std": std, "interval_95": [mean - half, mean + half], "returns": returns.tolist()}
+    mean, std, nu, z = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else math.nan, num_episodes - 1, 1.96
+    t = {0: math.nan, 1: 12.706, 2: 4.303, 3: 3.182}.get(nu)  # Student's t, and from 4 on its expansion in 1 / nu
+    t = t or z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)
+    low, high = mean - t * std / num_episodes**0.5, mean + t * std / num_episodes**0.5
+    print(f"evaluation: return {mean:.1f}, std {std:.1f}, 95 % interval {low:.1f} to {high:.1f}")
+    results = {"mean": mean, "std": std, "interval_95": [low, high], "returns": returns.tolist()}
+    if num_episodes == 1:
+        results |= {"std": None, "interval_95": None}  # JSON has no NaN
     (run_dir / "eval.json").write_text(json.dumps(results, indent=2))
 
 
@@ -681,7 +690,9 @@ def set_process_state(state, envs, rng, rows):
         row[...] = value.numpy()
     for part, values in zip(env_parts(envs), state["parts"]):
         for name, x in values.items():
-            if isinstance(x, dict):
+            if name not in vars(part):
+                raise ConfigError(f"--resume: {type(part).__name__} has no {name}")
+            elif isinstance(x, dict):
                 getattr(part, name).bit_generator.state = x
             else:
                 setattr(part, name, x.numpy()[()] if isinstance(x, torch.Tensor) else x)
@@ -689,7 +700,7 @@ def set_process_state(state, envs, rng, rows):
 
 
 def load_checkpoint(path):
-    """Read what `Run.save` wrote, or raise a ConfigError. Nothing in a checkpoint is run as code."""
+    """Read what `Run.save` wrote, or raise a ConfigError. A checkpoint is data; only its env_id can name a package."""
     try:
         if zipfile.ZipFile(path).testzip() is not None:  # the first part whose checksum is wrong
             raise ValueError("it is damaged")
@@ -697,6 +708,9 @@ def load_checkpoint(path):
         if checkpoint["script"] != Path(__file__).stem:
             raise ValueError(f"{checkpoint['script']}.py wrote it")
         Args(**checkpoint["args"])
+        missing = {"csv_size", "wandb_id", "processes", "progress", "agent", "optimizer"} - checkpoint.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
         return checkpoint
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -714,13 +728,15 @@ class Run:
         name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
         self.args, self.envs, self.is_main, self.num_videos = args, envs, is_main, 0
-        self.summary = self.signal = self.state = self.wandb = None
+        self.summary = self.signal = self.state = self.wandb = self.global_step = None
         self.wandb_id = checkpoint["wandb_id"] if checkpoint else None
         if not is_main:
             return
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.csv = open(self.dir / "metrics.csv", "r+b" if checkpoint else "xb", buffering=0)
+            if checkpoint and self.csv.seek(0, os.SEEK_END) < checkpoint["csv_size"]:
+                raise ConfigError(f"{self.csv.name} is shorter than it was when {args.resume} was written")
             if checkpoint:  # rows that were written after it are about to come again
                 self.csv.seek(self.csv.truncate(checkpoint["csv_size"]))
                 self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
@@ -764,6 +780,7 @@ class Run:
                 data = data[self.csv.write(data) :]
         except OSError as error:
             raise RunError(f"{self.csv.name}: {error.strerror}") from error
+        self.global_step = metrics["global_step"]
         self.send(metrics)
 
     def send(self, metrics, end=-1):
@@ -791,6 +808,7 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            self.state = None if processes else self.state  # what fails from here on has nothing to add
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise RunError(f"{path}: {error.strerror}") from error
@@ -798,6 +816,8 @@ class Run:
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.is_main and error and self.state:
+            self.save()
         processes = getattr(self.envs.unwrapped, "processes", ())
         if error or not all(process.is_alive() for process in processes):
             for process in processes:  # asked to close, one that hangs or has died might never answer
@@ -806,16 +826,14 @@ class Run:
             self.envs.unwrapped.closed = True
         self.envs.close()
         if self.is_main:
-            if error and self.state:
-                self.save()
             self.csv.close()
-            if self.wandb and self.state:
-                self.send({"global_step": self.state["progress"][1]}, end=None)
+            if self.wandb and self.global_step:
+                self.send({"global_step": self.global_step}, end=None)
             if self.wandb:
                 self.wandb.finish(exit_code=int(error is not None))
             if self.summary and (self.signal or not error):
                 print(f"{self.summary}, {self.dir}")
-            if self.signal and self.state:
+            if self.signal and (self.dir / "checkpoint.pt").exists():
                 world_size = os.environ["LOCAL_WORLD_SIZE"] if torch.distributed.is_initialized() else 0
                 command = f"torchrun --nproc-per-node {world_size}" if world_size else "python"
                 path = shlex.quote(str(self.dir / "checkpoint.pt"))

@@ -732,6 +732,20 @@ def test_beta_halves_under_two_thirds_of_the_target_and_doubles_over_one_and_a_h
     assert result.kl_coef == 3.0 * factor
 
 
+def test_beta_is_never_lost_at_0_or_at_infinity(run):
+    env_id = register(lambda: Clock(length=5))
+    flags = {"total_timesteps": 16 * 60, "kl_coef": 1.0, "learning_rate": 1e-9}
+    assert float(run(env_id, **flags, target_kl=1e9)[1][-1]["kl_coef"]) == 1e-6
+    flags |= {"learning_rate": 1e-2, "anneal_lr": False, "kl_coef": 1e5}
+    assert float(run(env_id, **flags, target_kl=1e-30)[1][-1]["kl_coef"]) == 1e6
+
+
+def test_parameters_that_are_not_finite_stop_the_run(run):
+    env_id = register(lambda: Clock(length=5))
+    with pytest.raises(FloatingPointError, match=r"parameters\[\d+\] is nan at step 16"):
+        run(env_id, kl_coef=1e39, update_epochs=1, num_minibatches=1)
+
+
 def test_beta_follows_its_target_from_update_to_update(run):
     env_id = register(lambda: Clock(reward=lambda episode, count: count % 3))
     halved, doubled, fixed = (

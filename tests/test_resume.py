@@ -583,7 +583,7 @@ def test_two_processes_of_torchrun_go_on_exactly(tmp_path):
         assert log_of(script) == log_of(f"{script}-whole")
         assert_same(load(script, script)["agent"], load(script, f"{script}-whole")["agent"])
         assert len(load(script, script)["processes"]) == 2
-        with pytest.raises(MODULES[script].ConfigError, match="--resume needs the 2 processes of before, not 1"):
+        with pytest.raises(MODULES[script].ConfigError, match="--resume needs as many processes as before, 2, not 1"):
             resume(script, script)
     assert "new episodes" not in done.stdout
 
@@ -870,10 +870,49 @@ def test_the_interval_is_that_of_student(script, num_episodes, t):
 @each_script
 def test_one_episode_has_no_spread(script):
     results = evaluate(script, "Noise-v0", 1)
-    assert results["std"] == 0 and results["interval_95"] == [results["mean"]] * 2
+    assert results["std"] is None and results["interval_95"] is None
 
 
 # Faults.
+
+
+@the_exact_scripts
+def test_a_signal_that_comes_after_the_processes_have_agreed_ends_the_next_iteration(script, monkeypatch):
+    module, sent = MODULES[script], []
+    write = module.Run.write
+
+    def write_and_interrupt(self, metrics):
+        write(self, metrics)
+        if len(rows_of()) == 3:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(module.Run, "write", write_and_interrupt)
+    with pytest.raises(SystemExit) as stop:
+        train(script, **small(script, 50))
+    assert stop.value.code == 143 and len(sent) == 1
+    assert len(rows_of()) == load(script)["progress"][0] == 4
+
+
+def test_a_reward_that_breaks_the_gradient_of_a_worker_does_not_reach_the_shared_parameters():
+    gym.register("Huge-v0", lambda: Huge())
+    with pytest.raises(Exception, match="is (nan|inf) at step"):
+        train("a3c", **small("a3c", 50, env_id="Huge-v0"), checkpoint_interval=1)
+    assert all(torch.isfinite(value).all() for value in load("a3c")["agent"].values())
+
+
+class Huge(gym.Env):
+    """Pays a reward whose square is no float32, once, in the fifth rollout."""
+
+    observation_space, action_space = Box(-9, 9, (3,)), Discrete(2)
+    num_steps = 0
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.num_steps += 1
+        return np.ones(3, np.float32), 3e38 if self.num_steps == 4500 else 1.0, self.num_steps % 10 == 0, False, {}
 
 
 @each_script
