@@ -378,7 +378,7 @@ def train(args):
     note = ""
     if checkpoint:
         states = checkpoint["processes"]
-        if states is None or not set_process_state(states[rank], envs, rng, last_rows):
+        if not states or len(states) != world_size or not set_process_state(states[rank], envs, rng, last_rows):
             note = ", resumed with new episodes"
 
     is_main = rank == 0 and first_iteration < num_iterations

@@ -112,12 +112,12 @@ def processor():
 
 
 def print_table(runs):
-    """Mean and standard deviation over seeds of the mean return of a run's last 100 episodes, and the median time."""
+    """Mean and deviation over seeds of the mean return of a run's last 100 episodes, and the median CPU seconds."""
     for name in runs:
         results = [json.loads(path.read_text()) for path in sorted((HERE / "results" / name).glob("*/run.json"))]
         if len(results) > 1:
             returns = [result["final_return"] for result in results]
-            seconds = statistics.median(result["seconds"] for result in results)
+            seconds = statistics.median(result["cpu_seconds"] for result in results)
             mean, std = statistics.mean(returns), statistics.stdev(returns)
             print(f"{name:25}{mean:9.1f} ± {std:<8.1f}{len(results):3} seeds{seconds:8.0f} s")
 
