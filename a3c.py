@@ -357,11 +357,9 @@ def worker(
     # Step t leads from row t to row t + 1 of obs and dones, so their last row is the first of the next rollout.
     T, N = args.num_steps, args.num_envs
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    obs_dtype = np.uint8 if obs_space.dtype == np.uint8 else np.float32
-    action_dtype = np.int64 if isinstance(action_space, Discrete) else np.float32
-    obs = np.zeros((T + 1, N, *obs_space.shape), obs_dtype)
+    obs = np.zeros((T + 1, N, *obs_space.shape), np.uint8 if obs_space.dtype == np.uint8 else np.float32)
     dones = np.zeros((T + 1, N), bool)
-    actions = np.zeros((T, N, *action_space.shape), action_dtype)
+    actions = np.zeros((T, N, *action_space.shape), np.int64 if isinstance(action_space, Discrete) else np.float32)
     rewards = np.zeros((T, N), np.float32)
     terminations = np.zeros((T, N), bool)
     discounted_returns = np.zeros((T, N))  # of each episode so far, to scale rewards by
@@ -481,7 +479,7 @@ def train(args):
     torch.manual_seed(args.seed)
     envs = make_envs(args)
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more threads would slow small networks down
+    torch.set_num_threads(1)  # more would slow small networks down, and their initial weights would depend on them
     agent = Agent(envs, args.log_std_init, args.normalize_obs, args.normalize_reward)
     theta = flatten_parameters(agent)
     if args.optimizer == "rmsprop":
@@ -491,24 +489,19 @@ def train(args):
     optimizer.step()  # along a gradient of 0: this makes the optimizer's state, which would else be each worker's own
     optimizer.state[theta]["step"].zero_()
 
+    global_step = checkpoint["global_step"] if checkpoint else 0
     rollout_size = args.num_steps * args.num_envs
-    num_iterations = args.total_timesteps // rollout_size
-    first_iteration, global_step, num_episodes, last_returns, seconds = 0, 0, 0, [], 0.0
+    num_iterations, first_iteration = args.total_timesteps // rollout_size, global_step // rollout_size
+    note = ""
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        first_iteration, global_step, num_episodes, last_returns, seconds = checkpoint["progress"]
+        note = ", resumed with new episodes"
     for tensor in (theta, *agent.buffers(), *optimizer.state[theta].values()):
         tensor.share_memory_()
 
-    note = ", resumed with new episodes" if checkpoint else ""
     is_main = first_iteration < num_iterations
-    run = Run(args, envs, checkpoint, is_main)
-    total_timesteps, start_time = num_iterations * rollout_size, time.perf_counter() - seconds
-    bar = tqdm(
-        total=total_timesteps, initial=global_step, desc=args.env_id, unit="step", unit_scale=True, disable=not is_main
-    )
-    with run, bar:
+    with Run(args, envs, checkpoint, is_main, num_iterations * rollout_size, note) as run:
         context = mp.get_context(args.start_method)
         num_rollouts, num_updates = context.Value("q", first_iteration), context.Value("q", first_iteration)
         lock, reports, num_rows = context.Lock(), context.SimpleQueue(), 0
@@ -517,35 +510,13 @@ def train(args):
         workers = mp.start_processes(worker, shared, num_workers, join=False, start_method=args.start_method)
         for new_episodes, diagnostics in arrivals(workers, reports, run, num_rollouts, num_iterations):
             # Log.
+            run.state = None
             global_step += len(diagnostics) * rollout_size
-            num_episodes += len(new_episodes)
-            last_returns = [*last_returns, *(r for r, _ in new_episodes)][-100:]
             names = ("policy_loss", "value_loss", "entropy", "explained_variance", "learning_rate", "staleness_mean")
             means = dict(zip(names, np.mean(diagnostics, axis=0).tolist()))
-            seconds = time.perf_counter() - start_time
-            mean_return, mean_length = np.mean(new_episodes, axis=0) if new_episodes else (None, None)
-            metrics = {
-                "global_step": global_step,
-                "wall_time": round(seconds, 3),
-                "sps": round(global_step / seconds),
-                "episodes": num_episodes,
-                "episodic_return": mean_return,
-                "episodic_length": mean_length,
-                **means,
-                "staleness_max": max(staleness for *_, staleness in diagnostics),
-            }
-            run.state = None
-            check_finite(global_step, **{name: metrics[name] for name in names[:3]})
-            run.write(metrics)
-            last_return = f"return {fmean(last_returns):.1f}" if last_returns else "no episode has ended"
-            run.summary = f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s{note}"
-            bar.set_postfix_str(last_return, refresh=False)
-            bar.update(len(diagnostics) * rollout_size)
-            run.state = {
-                "progress": (global_step // rollout_size, global_step, num_episodes, last_returns, seconds),
-                "agent": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
+            check_finite(global_step, **{name: means[name] for name in names[:3]})
+            run.log(global_step, new_episodes, means | {"staleness_max": max(d[-1] for d in diagnostics)})
+            run.state = {"global_step": global_step, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
             num_rows += 1
             if num_rows % args.checkpoint_interval == 0:
                 is_locked = lock.acquire(timeout=1)  # in vain if a worker was killed while it had the lock
@@ -586,9 +557,9 @@ def check_args(args, checkpoint=None):
     for name, value in checkpoint["args"].items() if checkpoint else ():
         if getattr(args, name) != value and name not in may_change.split():
             raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
-    is_done = checkpoint and args.total_timesteps // rollout_size <= checkpoint["progress"][0]
+    is_done = checkpoint and args.total_timesteps // rollout_size <= checkpoint["global_step"] // rollout_size
     if is_done and args.eval_episodes == 0:
-        raise ConfigError(f"--total-timesteps must be above the {checkpoint['progress'][1]} steps that are done")
+        raise ConfigError(f"--total-timesteps must be above the {checkpoint['global_step']} steps that are done")
 
 
 def check_finite(global_step, **quantities):
@@ -641,7 +612,7 @@ def load_checkpoint(path):
         if checkpoint["script"] != Path(__file__).stem:
             raise ValueError(f"{checkpoint['script']}.py wrote it")
         Args(**checkpoint["args"])
-        missing = {"csv_size", "wandb_id", "processes", "progress", "agent", "optimizer"} - checkpoint.keys()
+        missing = {"global_step", "agent", "optimizer", "log", "processes"} - checkpoint.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
         return checkpoint
@@ -654,31 +625,34 @@ class Run:
     """The folder of a run, with metrics.csv, checkpoint.pt and args.json, and the end of all that a run has started.
 
     Ctrl-C or SIGTERM sets `signal`, upon which `train` ends after the iteration; a second one acts at once. If a run
-    fails while `state` is set, as it is in a rollout, that is saved. `summary` is printed where a run ends in order.
+    fails while `state` is set, as it is in a rollout, that is saved.
     """
 
-    def __init__(self, args, envs, checkpoint, is_main):
+    def __init__(self, args, envs, checkpoint, is_main, total_timesteps, note):
+        self.args, self.envs, self.is_main, self.note = args, envs, is_main, note
+        self.summary = self.signal = self.state = self.wandb = None
         name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
-        self.args, self.envs, self.is_main, self.num_videos = args, envs, is_main, 0
-        self.summary = self.signal = self.state = self.wandb = self.global_step = None
-        self.wandb_id = checkpoint["wandb_id"] if checkpoint else None
         if not is_main:
             return
+        log = checkpoint["log"] if checkpoint else (0, [], 0.0, 0, None)
+        self.num_episodes, self.last_returns, self.seconds, csv_size, self.wandb_id = log
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.csv = open(self.dir / "metrics.csv", "r+b" if checkpoint else "xb", buffering=0)
-            if checkpoint and self.csv.seek(0, os.SEEK_END) < checkpoint["csv_size"]:
+            if self.csv.seek(0, os.SEEK_END) < csv_size:
                 raise ConfigError(f"{self.csv.name} is shorter than it was when {args.resume} was written")
-            if checkpoint:  # rows that were written after it are about to come again
-                self.csv.seek(self.csv.truncate(checkpoint["csv_size"]))
-                self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
+            self.csv.seek(self.csv.truncate(csv_size))  # rows that were written after it are about to come again
             (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         except OSError as error:
             remedy = "a checkpoint needs its run folder" if checkpoint else "choose a new, writable --run-dir"
             raise ConfigError(f"{error.filename}: {error.strerror}; {remedy}") from error
+        self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
         if args.track:
             self.start_wandb(args, name)
+        global_step = checkpoint["global_step"] if checkpoint else 0
+        self.start_time = time.perf_counter() - self.seconds
+        self.bar = tqdm(total=total_timesteps, initial=global_step, desc=args.env_id, unit="step", unit_scale=True)
 
     def start_wandb(self, args, name):
         import wandb
@@ -703,6 +677,26 @@ class Run:
         self.signal = number
         signal.signal(number, self.handlers[number])
 
+    def log(self, global_step, new_episodes, update):
+        """Log the episodes, (return, length), that have ended since the last call, and what the update came to."""
+        self.num_episodes += len(new_episodes)
+        self.last_returns = [*self.last_returns, *(r for r, _ in new_episodes)][-100:]
+        self.seconds = time.perf_counter() - self.start_time
+        mean_return, mean_length = np.mean(new_episodes, axis=0) if new_episodes else (None, None)
+        metrics = {
+            "global_step": global_step,
+            "wall_time": round(self.seconds, 3),
+            "sps": round(global_step / self.seconds),
+            "episodes": self.num_episodes,
+            "episodic_return": mean_return,
+            "episodic_length": mean_length,
+        }
+        self.write(metrics | update)
+        last_return = f"return {fmean(self.last_returns):.1f}" if self.last_returns else "no episode has ended"
+        self.summary = f"{self.args.env_id}: {last_return}, {global_step} steps in {self.seconds:.1f} s{self.note}"
+        self.bar.set_postfix_str(last_return, refresh=False)
+        self.bar.update(global_step - self.bar.n)
+
     def write(self, metrics):
         """Write a row of metrics.csv, after the header if it is the first, and send it to Weights & Biases."""
         cells = ["" if value is None else str(value) for value in metrics.values()]
@@ -713,27 +707,28 @@ class Run:
                 data = data[self.csv.write(data) :]
         except OSError as error:
             raise RunError(f"{self.csv.name}: {error.strerror}") from error
-        self.global_step = metrics["global_step"]
         self.send(metrics)
 
     def send(self, metrics, end=-1):
         """Send metrics and new videos to Weights & Biases; the newest video, which may be half written, at the end."""
-        if self.wandb:
-            try:
-                videos = sorted(self.dir.glob("videos/*.mp4"), key=os.path.getmtime)[self.num_videos : end]
-                media = {path.stem: self.wandb_video(str(path)) for path in videos}
-                if media or end == -1:
-                    self.wandb.log(metrics | media, step=metrics["global_step"])
-                self.num_videos += len(videos)
-            except Exception as error:
-                tqdm.write(f"--track: {error}; training goes on without it", file=sys.stderr)
-                self.wandb = None
+        if self.wandb is None:
+            return
+        try:
+            videos = sorted(self.dir.glob("videos/*.mp4"), key=os.path.getmtime)[self.num_videos : end]
+            media = {path.stem: self.wandb_video(str(path)) for path in videos}
+            if media or end == -1:
+                self.wandb.log(metrics | media, step=metrics["global_step"])
+            self.num_videos += len(videos)
+        except Exception as error:
+            tqdm.write(f"--track: {error}; training goes on without it", file=sys.stderr)
+            self.wandb = None
 
     def save(self, processes=None):
         """Write checkpoint.pt such that a kill at any moment leaves a whole one, this or the one before."""
         buffer, path, temporary = io.BytesIO(), self.dir / "checkpoint.pt", self.dir / "checkpoint.tmp"
-        about = {"script": Path(__file__).stem, "args": vars(self.args), "csv_size": self.csv.tell()}
-        torch.save(about | {"wandb_id": self.wandb_id, "processes": processes} | self.state, buffer)
+        log = (self.num_episodes, self.last_returns, self.seconds, self.csv.tell(), self.wandb_id)
+        about = {"script": Path(__file__).stem, "args": vars(self.args), "log": log, "processes": processes or {}}
+        torch.save(about | self.state, buffer)
         try:
             os.fsync(self.csv.fileno())
             with open(temporary, "wb") as file:
@@ -749,13 +744,14 @@ class Run:
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.is_main:
+            self.bar.close()
         if self.is_main and error and self.state:
             self.save()
         self.envs.close()
         if self.is_main:
             self.csv.close()
-            if self.wandb and self.global_step:
-                self.send({"global_step": self.global_step}, end=None)
+            self.send({"global_step": self.bar.n}, end=None)
             if self.wandb:
                 self.wandb.finish(exit_code=int(error is not None))
             if self.summary and (self.signal or not error):

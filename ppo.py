@@ -329,68 +329,57 @@ def train(args):
     Raises a ConfigError before it begins, a FloatingPointError as soon as something is not finite, and a SystemExit
     after the iteration in which Ctrl-C or SIGTERM has come.
     """
-    is_parallel, rank, world_size = torch.distributed.is_initialized(), 0, 1
-    if is_parallel:
+    rank, world_size = 0, 1
+    if torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     check_args(args, world_size, checkpoint)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
     seed = args.seed * world_size + rank
     torch.manual_seed(seed)
-    steps_done = checkpoint["progress"][1] if checkpoint else 0
-    rng = np.random.default_rng((seed, 1, steps_done))  # with seed alone, it would repeat an environment's numbers
+    global_step = checkpoint["global_step"] if checkpoint else 0
+    rng = np.random.default_rng((seed, 1, global_step))  # with seed alone, it would repeat an environment's numbers
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if torch.cuda.is_available() and not args.cuda:
         print("A GPU is there and not used: --cuda trains on it, which pays for images.", file=sys.stderr)
     envs = make_envs(args)
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more threads would slow small networks down
+    torch.set_num_threads(1)  # more would slow small networks down, and their initial weights would depend on them
     agent = Agent(envs, args.log_std_init, args.normalize_obs, args.normalize_reward).to(device)
     if agent.is_image:
         torch.set_num_threads(num_threads)
     theta = flatten_parameters(agent)
-    if is_parallel:
+    if world_size > 1:
         torch.distributed.broadcast(theta.data, src=0)
     optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
 
     # Step t leads from row t to row t + 1 of obs and dones, so their last row is the first of the next rollout.
     T, N = args.num_steps, args.num_envs
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    obs_dtype = np.uint8 if obs_space.dtype == np.uint8 else np.float32
-    action_dtype = np.int64 if isinstance(action_space, Discrete) else np.float32
-    obs = np.zeros((T + 1, N, *obs_space.shape), obs_dtype)
+    obs = np.zeros((T + 1, N, *obs_space.shape), np.uint8 if obs_space.dtype == np.uint8 else np.float32)
     dones = np.zeros((T + 1, N), bool)
-    actions = np.zeros((T, N, *action_space.shape), action_dtype)
+    actions = np.zeros((T, N, *action_space.shape), np.int64 if isinstance(action_space, Discrete) else np.float32)
     rewards = np.zeros((T, N), np.float32)
     terminations = np.zeros((T, N), bool)
     discounted_returns = np.zeros((T, N))  # of each episode so far, to scale rewards by
     last_rows = (obs[-1], dones[-1], discounted_returns[-1])  # all that one rollout hands on to the next
 
-    num_iterations = args.total_timesteps // (T * N * world_size)
-    first_iteration, global_step, num_episodes, last_returns, seconds, kl_coef = 0, 0, 0, [], 0.0, args.kl_coef
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        first_iteration, global_step, num_episodes, last_returns, seconds, kl_coef = checkpoint["progress"]
+    rollout_size = T * N * world_size
+    num_iterations, first_iteration = args.total_timesteps // rollout_size, global_step // rollout_size
+    kl_coef = checkpoint["kl_coef"] if checkpoint else args.kl_coef
     # Gymnasium seeds environment i with seed + i. So spaced, neighbouring runs share none; Atari takes 31 bits.
     obs[-1], _ = envs.reset(seed=(seed * N + global_step) % (2**31 - N))
     check_finite(global_step, observation=obs[-1])
     note = ""
     if checkpoint:
-        states = checkpoint["processes"]
-        if not states or len(states) != world_size or not set_process_state(states[rank], envs, rng, last_rows):
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if not set_process_state(checkpoint["processes"].get(rank), envs, rng, last_rows):
             note = ", resumed with new episodes"
 
     is_main = rank == 0 and first_iteration < num_iterations
-    run = Run(args, envs, checkpoint, is_main)
-    total_timesteps, start_time = num_iterations * T * N * world_size, time.perf_counter() - seconds
-    bar = tqdm(
-        total=total_timesteps, initial=global_step, desc=args.env_id, unit="step", unit_scale=True, disable=not is_main
-    )
-    with run, bar:
-        if args.capture_video and is_main:
-            prefix = f"training-from-{global_step}"
-            envs = run.envs = RecordVideo(envs, f"{run.dir}/videos", record_first_only=True, name_prefix=prefix)
+    with Run(args, envs, checkpoint, is_main, num_iterations * rollout_size, note) as run:
+        envs = run.envs
         for iteration in range(first_iteration, num_iterations):
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
@@ -496,44 +485,30 @@ def train(args):
                 agent.obs_statistics.update(b_obs)
 
             # Log.
-            gathered = gather((new_episodes, run.signal))
-            new_episodes = [episode for episodes, _ in gathered for episode in episodes]
-            stop_signal = next((number for _, number in gathered if number), None)  # the same for all processes
-            num_episodes += len(new_episodes)
-            last_returns = [*last_returns, *(r for r, _ in new_episodes)][-100:]
-            names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
             means = torch.stack(diagnostics).mean(0)
             average_over_processes(means, len(b_obs))
             average_over_processes(explained_variance, len(b_obs))
-            seconds = time.perf_counter() - start_time
-            mean_return, mean_length = np.mean(new_episodes, axis=0) if new_episodes else (None, None)
-            metrics = {
-                "global_step": global_step,
-                "wall_time": round(seconds, 3),
-                "sps": round(global_step / seconds),
-                "episodes": num_episodes,
-                "episodic_return": mean_return,
-                "episodic_length": mean_length,
-                **dict(zip(names, means.tolist())),
+            names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
+            losses = dict(zip(names, means.tolist()))
+            check_finite(global_step, **losses, parameters=theta.numpy(force=True))
+            new_episodes = [episode for episodes in gather(new_episodes) for episode in episodes]
+            stop_signal = next(filter(None, gather(run.signal)), None)  # the same for all processes
+            others = {
                 "explained_variance": explained_variance.item(),
                 "kl_coef": kl_coef,
                 "learning_rate": optimizer.param_groups[0]["lr"],
             }
-            check_finite(global_step, **{name: metrics[name] for name in names}, parameters=theta.numpy(force=True))
             if is_main:
-                run.write(metrics)
-            last_return = f"return {fmean(last_returns):.1f}" if last_returns else "no episode has ended"
-            run.summary = f"{args.env_id}: {last_return}, {global_step} steps in {seconds:.1f} s{note}"
-            bar.set_postfix_str(last_return, refresh=False)
-            bar.update(T * N * world_size)
+                run.log(global_step, new_episodes, losses | others)
             run.state = {
-                "progress": (iteration + 1, global_step, num_episodes, last_returns, seconds, kl_coef),
+                "global_step": global_step,
+                "world_size": world_size,
+                "kl_coef": kl_coef,
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "world_size": world_size,
             }
             if stop_signal or (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
-                processes = gather(get_process_state(envs, rng, last_rows))
+                processes = dict(enumerate(gather(get_process_state(envs, rng, last_rows))))
                 if is_main:
                     run.save(processes)
             if stop_signal:
@@ -578,9 +553,9 @@ def check_args(args, world_size=1, checkpoint=None):
             raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
     if checkpoint and checkpoint["world_size"] != world_size and args.total_timesteps > 0:
         raise ConfigError(f"--resume needs as many processes as before, {checkpoint['world_size']}, not {world_size}")
-    is_done = checkpoint and args.total_timesteps // rollout_size <= checkpoint["progress"][0]
+    is_done = checkpoint and args.total_timesteps // rollout_size <= checkpoint["global_step"] // rollout_size
     if is_done and args.eval_episodes == 0:
-        raise ConfigError(f"--total-timesteps must be above the {checkpoint['progress'][1]} steps that are done")
+        raise ConfigError(f"--total-timesteps must be above the {checkpoint['global_step']} steps that are done")
 
 
 def ignore_ctrl_c(env):
@@ -682,6 +657,8 @@ def get_process_state(envs, rng, rows):
 
 def set_process_state(state, envs, rng, rows):
     """Go on from what `get_process_state` returned; return whether the environments, reset before, do so, too."""
+    if state is None:
+        return False
     torch.set_rng_state(state["torch_rng"])
     rng.bit_generator.state = state["rng"]
     if state["parts"] is None:
@@ -708,7 +685,7 @@ def load_checkpoint(path):
         if checkpoint["script"] != Path(__file__).stem:
             raise ValueError(f"{checkpoint['script']}.py wrote it")
         Args(**checkpoint["args"])
-        missing = {"csv_size", "wandb_id", "processes", "progress", "agent", "optimizer"} - checkpoint.keys()
+        missing = {"global_step", "agent", "optimizer", "log", "processes"} - checkpoint.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
         return checkpoint
@@ -721,31 +698,37 @@ class Run:
     """The folder of a run, with metrics.csv, checkpoint.pt and args.json, and the end of all that a run has started.
 
     Ctrl-C or SIGTERM sets `signal`, upon which `train` ends after the iteration; a second one acts at once. If a run
-    fails while `state` is set, as it is in a rollout, that is saved. `summary` is printed where a run ends in order.
+    fails while `state` is set, as it is in a rollout, that is saved.
     """
 
-    def __init__(self, args, envs, checkpoint, is_main):
+    def __init__(self, args, envs, checkpoint, is_main, total_timesteps, note):
+        self.args, self.envs, self.is_main, self.note = args, envs, is_main, note
+        self.summary = self.signal = self.state = self.wandb = None
         name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
-        self.args, self.envs, self.is_main, self.num_videos = args, envs, is_main, 0
-        self.summary = self.signal = self.state = self.wandb = self.global_step = None
-        self.wandb_id = checkpoint["wandb_id"] if checkpoint else None
         if not is_main:
             return
+        log = checkpoint["log"] if checkpoint else (0, [], 0.0, 0, None)
+        self.num_episodes, self.last_returns, self.seconds, csv_size, self.wandb_id = log
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.csv = open(self.dir / "metrics.csv", "r+b" if checkpoint else "xb", buffering=0)
-            if checkpoint and self.csv.seek(0, os.SEEK_END) < checkpoint["csv_size"]:
+            if self.csv.seek(0, os.SEEK_END) < csv_size:
                 raise ConfigError(f"{self.csv.name} is shorter than it was when {args.resume} was written")
-            if checkpoint:  # rows that were written after it are about to come again
-                self.csv.seek(self.csv.truncate(checkpoint["csv_size"]))
-                self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
+            self.csv.seek(self.csv.truncate(csv_size))  # rows that were written after it are about to come again
             (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         except OSError as error:
             remedy = "a checkpoint needs its run folder" if checkpoint else "choose a new, writable --run-dir"
             raise ConfigError(f"{error.filename}: {error.strerror}; {remedy}") from error
+        self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
         if args.track:
             self.start_wandb(args, name)
+        global_step = checkpoint["global_step"] if checkpoint else 0
+        if args.capture_video:
+            prefix = f"training-from-{global_step}"
+            self.envs = RecordVideo(envs, f"{self.dir}/videos", record_first_only=True, name_prefix=prefix)
+        self.start_time = time.perf_counter() - self.seconds
+        self.bar = tqdm(total=total_timesteps, initial=global_step, desc=args.env_id, unit="step", unit_scale=True)
 
     def start_wandb(self, args, name):
         import wandb
@@ -770,6 +753,26 @@ class Run:
         self.signal = number
         signal.signal(number, self.handlers[number])
 
+    def log(self, global_step, new_episodes, update):
+        """Log the episodes, (return, length), that have ended since the last call, and what the update came to."""
+        self.num_episodes += len(new_episodes)
+        self.last_returns = [*self.last_returns, *(r for r, _ in new_episodes)][-100:]
+        self.seconds = time.perf_counter() - self.start_time
+        mean_return, mean_length = np.mean(new_episodes, axis=0) if new_episodes else (None, None)
+        metrics = {
+            "global_step": global_step,
+            "wall_time": round(self.seconds, 3),
+            "sps": round(global_step / self.seconds),
+            "episodes": self.num_episodes,
+            "episodic_return": mean_return,
+            "episodic_length": mean_length,
+        }
+        self.write(metrics | update)
+        last_return = f"return {fmean(self.last_returns):.1f}" if self.last_returns else "no episode has ended"
+        self.summary = f"{self.args.env_id}: {last_return}, {global_step} steps in {self.seconds:.1f} s{self.note}"
+        self.bar.set_postfix_str(last_return, refresh=False)
+        self.bar.update(global_step - self.bar.n)
+
     def write(self, metrics):
         """Write a row of metrics.csv, after the header if it is the first, and send it to Weights & Biases."""
         cells = ["" if value is None else str(value) for value in metrics.values()]
@@ -780,27 +783,28 @@ class Run:
                 data = data[self.csv.write(data) :]
         except OSError as error:
             raise RunError(f"{self.csv.name}: {error.strerror}") from error
-        self.global_step = metrics["global_step"]
         self.send(metrics)
 
     def send(self, metrics, end=-1):
         """Send metrics and new videos to Weights & Biases; the newest video, which may be half written, at the end."""
-        if self.wandb:
-            try:
-                videos = sorted(self.dir.glob("videos/*.mp4"), key=os.path.getmtime)[self.num_videos : end]
-                media = {path.stem: self.wandb_video(str(path)) for path in videos}
-                if media or end == -1:
-                    self.wandb.log(metrics | media, step=metrics["global_step"])
-                self.num_videos += len(videos)
-            except Exception as error:
-                tqdm.write(f"--track: {error}; training goes on without it", file=sys.stderr)
-                self.wandb = None
+        if self.wandb is None:
+            return
+        try:
+            videos = sorted(self.dir.glob("videos/*.mp4"), key=os.path.getmtime)[self.num_videos : end]
+            media = {path.stem: self.wandb_video(str(path)) for path in videos}
+            if media or end == -1:
+                self.wandb.log(metrics | media, step=metrics["global_step"])
+            self.num_videos += len(videos)
+        except Exception as error:
+            tqdm.write(f"--track: {error}; training goes on without it", file=sys.stderr)
+            self.wandb = None
 
     def save(self, processes=None):
         """Write checkpoint.pt such that a kill at any moment leaves a whole one, this or the one before."""
         buffer, path, temporary = io.BytesIO(), self.dir / "checkpoint.pt", self.dir / "checkpoint.tmp"
-        about = {"script": Path(__file__).stem, "args": vars(self.args), "csv_size": self.csv.tell()}
-        torch.save(about | {"wandb_id": self.wandb_id, "processes": processes} | self.state, buffer)
+        log = (self.num_episodes, self.last_returns, self.seconds, self.csv.tell(), self.wandb_id)
+        about = {"script": Path(__file__).stem, "args": vars(self.args), "log": log, "processes": processes or {}}
+        torch.save(about | self.state, buffer)
         try:
             os.fsync(self.csv.fileno())
             with open(temporary, "wb") as file:
@@ -816,6 +820,8 @@ class Run:
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.is_main:
+            self.bar.close()
         if self.is_main and error and self.state:
             self.save()
         processes = getattr(self.envs.unwrapped, "processes", ())
@@ -827,15 +833,14 @@ class Run:
         self.envs.close()
         if self.is_main:
             self.csv.close()
-            if self.wandb and self.global_step:
-                self.send({"global_step": self.global_step}, end=None)
+            self.send({"global_step": self.bar.n}, end=None)
             if self.wandb:
                 self.wandb.finish(exit_code=int(error is not None))
             if self.summary and (self.signal or not error):
                 print(f"{self.summary}, {self.dir}")
             if self.signal and (self.dir / "checkpoint.pt").exists():
-                world_size = os.environ["LOCAL_WORLD_SIZE"] if torch.distributed.is_initialized() else 0
-                command = f"torchrun --nproc-per-node {world_size}" if world_size else "python"
+                is_parallel = torch.distributed.is_initialized()
+                command = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if is_parallel else "python"
                 path = shlex.quote(str(self.dir / "checkpoint.pt"))
                 print(f"go on: {command} {Path(__file__).name} --resume {path}")
         if self.signal:

@@ -69,7 +69,7 @@ def body(source, start, end):
 def test_a_worker_collects_and_learns_as_a2c_does():
     ours, theirs = definitions("a3c.py")["worker"], definitions("a2c.py")["train"]
     missing = []
-    for start, end in (("# Step t leads", "num_iterations ="), ("# Collect a rollout.", "theta.grad *=")):
+    for start, end in (("# Step t leads", "discounted_returns ="), ("# Collect a rollout.", "theta.grad *=")):
         our_lines = [line.replace("shared_agent", "agent") for line in body(ours, start, end)]
         their_lines = [line.replace(", device=device", "") for line in body(theirs, start, end)]
         missing += [line for line in their_lines if line not in our_lines]

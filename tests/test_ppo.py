@@ -939,7 +939,7 @@ def test_track_sends_the_rows_of_metrics_csv_to_wandb(run, tmp_path, wandb_calls
     assert last == ("finish", {"exit_code": 0})
     assert [step for _, _, step in logs] == [16, 32, 48]
     assert [{k: "" if v is None else str(v) for k, v in metrics.items()} for _, metrics, _ in logs] == rows
-    assert torch.load(tmp_path / "run0" / "checkpoint.pt", weights_only=True)["wandb_id"] == "an-id"
+    assert torch.load(tmp_path / "run0" / "checkpoint.pt", weights_only=True)["log"][-1] == "an-id"
 
 
 def test_track_tells_wandb_that_a_run_has_failed(run, wandb_calls):

@@ -150,6 +150,10 @@ def load(script, run_dir="run"):
     return MODULES[script].load_checkpoint(f"{run_dir}/checkpoint.pt")
 
 
+def iterations_done(checkpoint):
+    return checkpoint["global_step"] // (checkpoint["args"]["num_envs"] * checkpoint["args"]["num_steps"])
+
+
 def resume(script, run_dir="run", **flags):
     return train(script, **{**load(script, run_dir)["args"], "resume": f"{run_dir}/checkpoint.pt", **flags})
 
@@ -328,8 +332,8 @@ def assert_same(ours, theirs):
 def assert_saved(script, run_dir="run"):
     """The checkpoint is whole, goes on after the last row, and has nothing beside it that is half written."""
     checkpoint, rows = load(script, run_dir), rows_of(run_dir)
-    assert checkpoint["progress"][1] == int(rows[-1]["global_step"])
-    assert checkpoint["csv_size"] == (Path(run_dir) / "metrics.csv").stat().st_size
+    assert checkpoint["global_step"] == int(rows[-1]["global_step"])
+    assert checkpoint["log"][3] == (Path(run_dir) / "metrics.csv").stat().st_size
     assert not list(Path(run_dir).glob("*.tmp"))
     return checkpoint
 
@@ -389,12 +393,12 @@ def test_a_checkpoint_holds_all_that_the_run_has_learned_and_was_told(script):
     (state,) = checkpoint["optimizer"]["state"].values()
     assert state["step"] == (24 if script == "ppo" else 6)
     assert all((value != 0).float().mean() > 0.9 for name, value in state.items() if name != "step")
-    assert checkpoint["progress"][:3] == (6, steps, episodes)
+    assert checkpoint["global_step"] == steps and checkpoint["log"][0] == episodes
     assert checkpoint["args"] == vars(MODULES[script].Args(**flags)) == json.loads(Path("run/args.json").read_text())
     if script == "a3c":  # whose workers start afresh
-        assert checkpoint["processes"] is None
+        assert checkpoint["processes"] == {}
     else:
-        (process,) = checkpoint["processes"]
+        (process,) = checkpoint["processes"].values()
         assert process["rng"]["bit_generator"] == "PCG64"
         assert torch.equal(process["torch_rng"], torch.get_rng_state())
 
@@ -427,19 +431,19 @@ def test_kill_9_at_any_moment_leaves_a_whole_checkpoint_and_log(script, start):
         if i % 3 == 0:  # in the middle of a start
             time.sleep(moments.uniform(0, 0.5))
         else:
-            wait_until(lambda: load(script)["progress"][1] > last_step)  # noqa: B023
+            wait_until(lambda: load(script)["global_step"] > last_step)  # noqa: B023
             time.sleep(moments.uniform(0, 0.05))
         os.kill(process.pid, signal.SIGKILL)
         assert process.finish().code == -signal.SIGKILL
         assert_no_gap(rows_of(), script)
         checkpoint = load(script)
-        assert checkpoint["progress"][1] >= last_step
-        last_step = checkpoint["progress"][1]
-        log = Path("run/metrics.csv").read_bytes()[: checkpoint["csv_size"]].decode()
-        assert len(log.encode()) == checkpoint["csv_size"] and log.endswith("\n")
+        assert checkpoint["global_step"] >= last_step
+        last_step = checkpoint["global_step"]
+        log = Path("run/metrics.csv").read_bytes()[: checkpoint["log"][3]].decode()
+        assert len(log.encode()) == checkpoint["log"][3] and log.endswith("\n")
         assert int(log.splitlines()[-1].split(",")[0]) == last_step
         process = start(script, resume="run/checkpoint.pt")
-    wait_until(lambda: load(script)["progress"][1] > last_step)
+    wait_until(lambda: load(script)["global_step"] > last_step)
     os.kill(process.pid, signal.SIGTERM)
     assert process.finish().code == 143
     assert_no_gap(rows_of()[:-1] if script == "a3c" else rows_of(), script)  # the last may be of few rollouts
@@ -472,18 +476,18 @@ def test_a_run_that_was_interrupted_is_the_uninterrupted_one_to_the_last_byte(sc
         assert int(rows_of("whole")[-1]["episodes"]) > 0
     if number == signal.SIGKILL:
         interrupt(script, lambda: train(script, **flags, checkpoint_interval=3), 11, number)
-        assert len(rows_of()) == 11 and load(script)["progress"][0] == 9
+        assert len(rows_of()) == 11 and iterations_done(load(script)) == 9
     else:
         interrupt(script, lambda: train(script, **flags), 5, number)
         interrupt(script, lambda: resume(script), 6, number)
-        assert 11 <= len(rows_of()) == load(script)["progress"][0] < 16  # a signal while it logs: one more iteration
+        assert 11 <= len(rows_of()) == iterations_done(load(script)) < 16  # a signal while it logs: one more iteration
     parts = resume(script)
     assert log_of("run") == log_of("whole")
     assert_same(parts.state_dict(), whole.state_dict())
     ours, theirs = load(script), load(script, "whole")
     for name in ("optimizer", "processes"):
         if name == "processes":
-            ours, theirs = ([{k: p[k] for k in ("torch_rng", "rng", "rows")} for p in c[name]] for c in (ours, theirs))
+            ours, theirs = ([{k: p[k] for k in ("torch_rng", "rng", "rows")} for p in c[name].values()] for c in (ours, theirs))
             assert_same(ours, theirs)
         else:
             assert_same(ours[name], theirs[name])
@@ -512,7 +516,7 @@ def test_where_environments_start_afresh_all_that_was_learned_goes_on(script, en
     checkpoint, before = load(script), rows_of()
     assert "resumed" not in capsys.readouterr().out
     record_starts(monkeypatch, script)
-    step = checkpoint["progress"][1]
+    step = checkpoint["global_step"]
     resume(script, total_timesteps=step + flags["num_envs"] * flags["num_steps"])  # one more iteration
     assert "resumed with new episodes" in capsys.readouterr().out
     assert_same(torch.load("agent.pt", weights_only=True), checkpoint["agent"])
@@ -676,7 +680,7 @@ def assert_stopped_and_goes_on(script, start, process, number):
     assert done.messages == []
     checkpoint = assert_saved(script)
     *summary, command = done.out.splitlines() or [""]
-    step = checkpoint["progress"][1]
+    step = checkpoint["global_step"]
     assert summary == [] or re.fullmatch(rf"\S+: .*, {step} steps in \S+ s, run", summary[0])
     assert command == f"go on: python {script}.py --resume run/checkpoint.pt"
     more = {"total_timesteps": step + 10 * small(script, 1)["total_timesteps"]}
@@ -727,11 +731,11 @@ def test_the_printed_command_is_one_for_the_shell(start):
     wait_for_rows(2, "a run")
     os.kill(process.pid, signal.SIGINT)
     command = process.finish().out.splitlines()[-1].removeprefix("go on: python ")
-    step = load("ppo", "a run")["progress"][1]
+    step = load("ppo", "a run")["global_step"]
     command = f"{shlex.quote(sys.executable)} {command} --total-timesteps {step + 64}"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert load("ppo", "a run")["progress"][1] == step + 64
+    assert load("ppo", "a run")["global_step"] == step + 64
 
 
 @pytest.fixture(scope="module")
@@ -890,7 +894,7 @@ def test_a_signal_that_comes_after_the_processes_have_agreed_ends_the_next_itera
     with pytest.raises(SystemExit) as stop:
         train(script, **small(script, 50))
     assert stop.value.code == 143 and len(sent) == 1
-    assert len(rows_of()) == load(script)["progress"][0] == 4
+    assert len(rows_of()) == iterations_done(load(script)) == 4
 
 
 def test_a_reward_that_breaks_the_gradient_of_a_worker_does_not_reach_the_shared_parameters():
@@ -926,7 +930,7 @@ def test_an_environment_that_raises_leaves_what_the_last_iteration_has_learned(s
     assert_same(checkpoint["agent"], torch.load("agent.pt", weights_only=True))
     (state,) = checkpoint["optimizer"]["state"].values()
     assert state["step"] == iterations * (4 if script == "ppo" else 1)
-    assert checkpoint["progress"][0] == len(rows_of()) == iterations
+    assert iterations_done(checkpoint) == len(rows_of()) == iterations
 
 
 @the_exact_scripts
@@ -943,7 +947,7 @@ def test_an_error_after_a_rollout_does_not_reach_what_the_last_iteration_has_lea
     monkeypatch.setattr(MODULES[script], "compute_gae", fail)
     with pytest.raises(MemoryError):
         train(script, **small(script, 10, normalize_obs=True, normalize_reward=True), checkpoint_interval=1)
-    assert assert_saved(script)["progress"][0] == 4
+    assert iterations_done(assert_saved(script)) == 4
     assert_same(load(script)["agent"], torch.load("agent.pt", weights_only=True))
 
 
@@ -953,7 +957,7 @@ def test_the_error_of_an_environment_is_shown_and_the_run_can_go_on(script, star
     done = start(script, **small(script, 10**4, env_id="Broken-v0")).finish()
     assert done.code == 1 and done.out == ""
     assert done.err.count("ValueError: the environment is broken") == 1
-    step = assert_saved(script)["progress"][1]
+    step = assert_saved(script)["global_step"]
     total = step + small(script, 1)["total_timesteps"]
     done = start(script, resume="run/checkpoint.pt", total_timesteps=total).finish()
     assert done.code == 0 and "resumed with new episodes" in done.out
@@ -1141,7 +1145,7 @@ def test_wandb_without_a_login_is_refused_at_the_start(script, start, wandb):
 @each_script
 def test_wandb_gets_all_rows_and_a_resumed_run_has_the_same_id(script, wandb):
     interrupt(script, lambda: train(script, **small(script, 10**6), track=True), 2)
-    resume(script, total_timesteps=load(script)["progress"][1] + 3 * small(script, 1)["total_timesteps"])
+    resume(script, total_timesteps=load(script)["global_step"] + 3 * small(script, 1)["total_timesteps"])
     first, second = wandb.told("init")
     assert first.get("id") is None and first["config"]["track"]
     assert second["id"] == "id1" and second["resume"] in ("must", "allow")
@@ -1166,7 +1170,7 @@ def test_wandb_that_fails_half_way_says_so_once_and_training_goes_on(script, wan
 def test_a_run_that_wandb_has_failed_in_is_resumed_under_its_id(script, wandb):
     wandb.fails_at = 2
     interrupt(script, lambda: train(script, **small(script, 10**6), track=True), 4)
-    resume(script, total_timesteps=load(script)["progress"][1] + 3 * small(script, 1)["total_timesteps"])
+    resume(script, total_timesteps=load(script)["global_step"] + 3 * small(script, 1)["total_timesteps"])
     assert [how.get("id") for how in wandb.told("init")] == [None, "id1"]
 
 
@@ -1224,7 +1228,7 @@ def test_wandb_gets_each_video_once_and_whole(script, wandb, rendering):
     flags = small(script, 10**6, env_id="CartPole-v1", capture_video=True, track=True, **more)
     interrupt(script, lambda: train(script, **flags), rows)
     assert len(wandb.videos()) > 0
-    step = load(script)["progress"][1]
+    step = load(script)["global_step"]
     resume(script, total_timesteps=step + rows * small(script, 1)["total_timesteps"])
     assert any(f"training-from-{step}-" in path for path in videos())
     assert sorted(wandb.videos()) == [f"video {path} {os.path.getsize(path)}" for path in videos()]
