@@ -1,7 +1,7 @@
 """Draw the learning curves of benchmark/results: a panel for each environment, a line for each script.
 
-    python benchmark/plot.py                                # every environment, to benchmark/learning.png
-    python benchmark/plot.py --only HalfCheetah-v5 Hopper-v5 Walker2d-v5 --out benchmark/mujoco.png
+    python benchmark/plot.py                                # the seven environments of the README
+    python benchmark/plot.py --only HalfCheetah-v5 --scripts ppo ppo-recompute --out recompute.png
 
 A line is the mean over seeds of the mean return of the last 100 training episodes. Its band is the 95 % interval of
 that mean by the bootstrap, which draws seeds again for each environment and script.
@@ -20,11 +20,13 @@ from matplotlib.ticker import EngFormatter
 HERE = Path(__file__).resolve().parent
 COLORS = {"ppo": "#0072b2", "a2c": "#009e73", "a3c": "#cc79a7", "sb3-ppo": "#d55e00", "sb3-a2c": "#e69f00"}
 LABELS = {"ppo": "ppo.py", "a2c": "a2c.py", "a3c": "a3c.py", "sb3-ppo": "PPO of SB3", "sb3-a2c": "A2C of SB3"}
+CLASSIC = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "LunarLander-v3")
+MUJOCO = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 
 
 @dataclass
 class Args:
-    only: tuple[str, ...] = ()  # environments to draw; all of them if empty
+    only: tuple[str, ...] = CLASSIC + MUJOCO  # environments to draw
     scripts: tuple[str, ...] = tuple(COLORS)  # lines to draw
     out: Path = HERE / "learning.png"  # the picture
 
@@ -47,31 +49,31 @@ def main(args):
     curves = {}  # by environment and script
     for name in sorted(path.name for path in (HERE / "results").iterdir()):
         script, env_id = re.fullmatch(r"(.*?)-([A-Z].*)", name).groups()
-        if script in args.scripts and (not args.only or env_id in args.only):
+        if script in args.scripts and env_id in args.only:
             paths = sorted((HERE / "results" / name).glob("*/metrics.csv"))
             last_steps = [int(path.read_text().splitlines()[-1].split(",")[0]) for path in paths]
             grid = np.linspace(0, max(last_steps), 200)
             curves.setdefault(env_id, {})[script] = grid, np.array([read_curve(path, grid) for path in paths])
 
-    num_columns = min(len(curves), 3)
+    num_columns = min(len(curves), 4)
     num_rows = -(-len(curves) // num_columns)
     figure, panels = plt.subplots(
-        num_rows, num_columns, figsize=(4.2 * num_columns, 3.1 * num_rows), squeeze=False, layout="constrained"
+        num_rows, num_columns, figsize=(3.6 * num_columns, 2.8 * num_rows), squeeze=False, layout="constrained"
     )
     rng = np.random.default_rng(0)
-    for panel, env_id in zip(panels.flat, args.only or curves):
-        for script in (script for script in COLORS if script in curves[env_id]):
+    for panel, env_id in zip(panels.flat, (env_id for env_id in args.only if env_id in curves)):
+        for script in (script for script in args.scripts if script in curves[env_id]):
             grid, seeds = curves[env_id][script]
             resampled = seeds[rng.integers(len(seeds), size=(1000, len(seeds)))].mean(1)
             low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
-            label = f"{LABELS[script]} ({len(seeds)} seeds)"
-            panel.plot(grid, seeds.mean(0), color=COLORS[script], label=label, linewidth=1.6)
-            panel.fill_between(grid, low, high, color=COLORS[script], alpha=0.2, linewidth=0)
+            color, label = COLORS.get(script), f"{LABELS.get(script, script)} ({len(seeds)})"
+            panel.plot(grid, seeds.mean(0), color=color, label=label, linewidth=1.6)
+            panel.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
         panel.set_title(env_id, fontsize=11)
         panel.xaxis.set_major_formatter(EngFormatter())
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=7, title="(seeds)", title_fontsize=7)
     for panel in panels.flat[len(curves) :]:
         panel.axis("off")
     figure.supxlabel("steps", fontsize=10)

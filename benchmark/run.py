@@ -111,15 +111,26 @@ def processor():
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
+def training_return(path):
+    """The mean return over all of the training, each step counting alike: what a learner that is quick has more of."""
+    with open(path) as file:
+        returns = [float(row["episodic_return"]) for row in csv.DictReader(file) if row["episodic_return"]]
+    return statistics.mean(returns)
+
+
 def print_table(runs):
-    """Mean and deviation over seeds of the mean return of a run's last 100 episodes, and the median CPU seconds."""
+    """Mean ± deviation over seeds of the return of the last 100 episodes and of all training, and median CPU seconds."""
+    print(f"{'':30}{'last 100 episodes':>19}{'whole training':>19}{'seeds':>7}{'CPU s':>7}")
     for name in runs:
-        results = [json.loads(path.read_text()) for path in sorted((HERE / "results" / name).glob("*/run.json"))]
+        paths = sorted((HERE / "results" / name).glob("*/run.json"))
+        results = [json.loads(path.read_text()) for path in paths]
         if len(results) > 1:
-            returns = [result["final_return"] for result in results]
+            line = f"{name:30}"
+            final = [result["final_return"] for result in results]
+            for returns in final, [training_return(path.with_name("metrics.csv")) for path in paths]:
+                line += f"{statistics.mean(returns):10.1f} ± {statistics.stdev(returns):<6.1f}"
             seconds = statistics.median(result["cpu_seconds"] for result in results)
-            mean, std = statistics.mean(returns), statistics.stdev(returns)
-            print(f"{name:25}{mean:9.1f} ± {std:<8.1f}{len(results):3} seeds{seconds:8.0f} s")
+            print(f"{line}{len(results):7}{seconds:7.0f}")
 
 
 def main(args):

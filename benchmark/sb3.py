@@ -63,7 +63,9 @@ def train(name, args):
         "max_grad_norm": args.max_grad_norm,
         "policy_kwargs": {"log_std_init": args.log_std_init},
     }
-    if name == "ppo":
+    if name == "a2c":
+        settings |= {"use_rms_prop": args.optimizer == "rmsprop"}
+    else:
         settings |= {
             "batch_size": args.num_envs * args.num_steps // args.num_minibatches,
             "n_epochs": args.update_epochs,
