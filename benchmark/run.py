@@ -119,7 +119,7 @@ def training_return(path):
 
 
 def print_table(runs):
-    """Mean ± deviation over seeds of the return of the last 100 episodes and of all training, and median CPU seconds."""
+    """Mean ± deviation over seeds of the return of the last 100 episodes and of all training; median CPU seconds."""
     print(f"{'':30}{'last 100 episodes':>19}{'whole training':>19}{'seeds':>7}{'CPU s':>7}")
     for name in runs:
         paths = sorted((HERE / "results" / name).glob("*/run.json"))

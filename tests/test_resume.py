@@ -487,8 +487,8 @@ def test_a_run_that_was_interrupted_is_the_uninterrupted_one_to_the_last_byte(sc
     ours, theirs = load(script), load(script, "whole")
     for name in ("optimizer", "processes"):
         if name == "processes":
-            ours, theirs = ([{k: p[k] for k in ("torch_rng", "rng", "rows")} for p in c[name].values()] for c in (ours, theirs))
-            assert_same(ours, theirs)
+            for key in ("torch_rng", "rng", "rows"):
+                assert_same(ours[name][0][key], theirs[name][0][key])
         else:
             assert_same(ours[name], theirs[name])
     assert "new episodes" not in capsys.readouterr().out
