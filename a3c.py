@@ -523,7 +523,7 @@ def train(args):
                 run.save()
                 if is_locked:
                     lock.release()
-        if is_main:
+        if run.state:
             run.save()
 
     torch.set_num_threads(num_threads)
@@ -614,7 +614,7 @@ def load_checkpoint(path):
         Args(**checkpoint["args"])
         missing = {"global_step", "agent", "optimizer", "log", "processes"} - checkpoint.keys()
         if missing:
-            raise ValueError(f"it lacks {', '.join(missing)}")
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return checkpoint
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -629,12 +629,13 @@ class Run:
     """
 
     def __init__(self, args, envs, checkpoint, is_main, total_timesteps, note):
-        self.args, self.envs, self.is_main, self.note = args, envs, is_main, note
+        self.args, self.envs, self.is_main, self.total_timesteps, self.note = args, envs, is_main, total_timesteps, note
         self.summary = self.signal = self.state = self.wandb = None
         name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
         if not is_main:
             return
+        self.global_step = checkpoint["global_step"] if checkpoint else 0
         log = checkpoint["log"] if checkpoint else (0, [], 0.0, 0, None)
         self.num_episodes, self.last_returns, self.seconds, csv_size, self.wandb_id = log
         try:
@@ -650,9 +651,9 @@ class Run:
         self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
         if args.track:
             self.start_wandb(args, name)
-        global_step = checkpoint["global_step"] if checkpoint else 0
         self.start_time = time.perf_counter() - self.seconds
-        self.bar = tqdm(total=total_timesteps, initial=global_step, desc=args.env_id, unit="step", unit_scale=True)
+        size = {"total": total_timesteps, "initial": self.global_step}
+        self.bar = tqdm(**size, desc=args.env_id, unit="step", unit_scale=True)
 
     def start_wandb(self, args, name):
         import wandb
@@ -695,7 +696,8 @@ class Run:
         last_return = f"return {fmean(self.last_returns):.1f}" if self.last_returns else "no episode has ended"
         self.summary = f"{self.args.env_id}: {last_return}, {global_step} steps in {self.seconds:.1f} s{self.note}"
         self.bar.set_postfix_str(last_return, refresh=False)
-        self.bar.update(global_step - self.bar.n)
+        self.bar.update(global_step - self.global_step)
+        self.global_step = global_step
 
     def write(self, metrics):
         """Write a row of metrics.csv, after the header if it is the first, and send it to Weights & Biases."""
@@ -744,22 +746,27 @@ class Run:
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        is_stopped = self.signal and not isinstance(error, (FloatingPointError, RunError))
         if self.is_main:
             self.bar.close()
         if self.is_main and error and self.state:
-            self.save()
+            try:
+                self.save()
+            except RunError as failure:
+                print(failure, file=sys.stderr)  # what the run failed of comes first
         self.envs.close()
         if self.is_main:
             self.csv.close()
-            self.send({"global_step": self.bar.n}, end=None)
+            self.send({"global_step": self.global_step}, end=None)
             if self.wandb:
                 self.wandb.finish(exit_code=int(error is not None))
-            if self.summary and (self.signal or not error):
+            if self.summary and (is_stopped or not error):
                 print(f"{self.summary}, {self.dir}")
-            if self.signal and (self.dir / "checkpoint.pt").exists():
+            is_done = self.global_step >= self.total_timesteps and not self.args.eval_episodes
+            if is_stopped and (self.dir / "checkpoint.pt").exists() and not is_done:
                 path = shlex.quote(str(self.dir / "checkpoint.pt"))
                 print(f"go on: python {Path(__file__).name} --resume {path}")
-        if self.signal:
+        if is_stopped:
             sys.exit(128 + self.signal)
 
 

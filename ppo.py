@@ -485,21 +485,19 @@ def train(args):
                 agent.obs_statistics.update(b_obs)
 
             # Log.
-            means = torch.stack(diagnostics).mean(0)
-            average_over_processes(means, len(b_obs))
-            average_over_processes(explained_variance, len(b_obs))
             names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
-            losses = dict(zip(names, means.tolist()))
-            check_finite(global_step, **losses, parameters=theta.numpy(force=True))
-            new_episodes = [episode for episodes in gather(new_episodes) for episode in episodes]
-            stop_signal = next(filter(None, gather(run.signal)), None)  # the same for all processes
-            others = {
-                "explained_variance": explained_variance.item(),
-                "kl_coef": kl_coef,
-                "learning_rate": optimizer.param_groups[0]["lr"],
-            }
+            means = torch.stack(diagnostics).mean(0)
+            means = torch.cat((means, explained_variance[None]))
+            average_over_processes(means, len(b_obs))
+            *losses, explained_variance = means.tolist()
+            update = dict(zip(names, losses))
+            check_finite(global_step, **update, parameters=theta.numpy(force=True))
+            update |= {"explained_variance": explained_variance, "kl_coef": kl_coef}
+            update["learning_rate"] = optimizer.param_groups[0]["lr"]
+            episodes, signals = zip(*gather((new_episodes, run.signal)))
+            stop_signal = next(filter(None, signals), None)  # the same for all processes
             if is_main:
-                run.log(global_step, new_episodes, losses | others)
+                run.log(global_step, sum(episodes, []), update)
             run.state = {
                 "global_step": global_step,
                 "world_size": world_size,
@@ -687,7 +685,7 @@ def load_checkpoint(path):
         Args(**checkpoint["args"])
         missing = {"global_step", "agent", "optimizer", "log", "processes"} - checkpoint.keys()
         if missing:
-            raise ValueError(f"it lacks {', '.join(missing)}")
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return checkpoint
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -702,16 +700,20 @@ class Run:
     """
 
     def __init__(self, args, envs, checkpoint, is_main, total_timesteps, note):
-        self.args, self.envs, self.is_main, self.note = args, envs, is_main, note
+        self.args, self.envs, self.is_main, self.total_timesteps, self.note = args, envs, is_main, total_timesteps, note
         self.summary = self.signal = self.state = self.wandb = None
         name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
         if not is_main:
             return
+        self.global_step = checkpoint["global_step"] if checkpoint else 0
         log = checkpoint["log"] if checkpoint else (0, [], 0.0, 0, None)
         self.num_episodes, self.last_returns, self.seconds, csv_size, self.wandb_id = log
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            if args.capture_video:
+                prefix = f"training-from-{self.global_step}"
+                self.envs = RecordVideo(envs, f"{self.dir}/videos", record_first_only=True, name_prefix=prefix)
             self.csv = open(self.dir / "metrics.csv", "r+b" if checkpoint else "xb", buffering=0)
             if self.csv.seek(0, os.SEEK_END) < csv_size:
                 raise ConfigError(f"{self.csv.name} is shorter than it was when {args.resume} was written")
@@ -723,12 +725,9 @@ class Run:
         self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
         if args.track:
             self.start_wandb(args, name)
-        global_step = checkpoint["global_step"] if checkpoint else 0
-        if args.capture_video:
-            prefix = f"training-from-{global_step}"
-            self.envs = RecordVideo(envs, f"{self.dir}/videos", record_first_only=True, name_prefix=prefix)
         self.start_time = time.perf_counter() - self.seconds
-        self.bar = tqdm(total=total_timesteps, initial=global_step, desc=args.env_id, unit="step", unit_scale=True)
+        size = {"total": total_timesteps, "initial": self.global_step}
+        self.bar = tqdm(**size, desc=args.env_id, unit="step", unit_scale=True)
 
     def start_wandb(self, args, name):
         import wandb
@@ -771,7 +770,8 @@ class Run:
         last_return = f"return {fmean(self.last_returns):.1f}" if self.last_returns else "no episode has ended"
         self.summary = f"{self.args.env_id}: {last_return}, {global_step} steps in {self.seconds:.1f} s{self.note}"
         self.bar.set_postfix_str(last_return, refresh=False)
-        self.bar.update(global_step - self.bar.n)
+        self.bar.update(global_step - self.global_step)
+        self.global_step = global_step
 
     def write(self, metrics):
         """Write a row of metrics.csv, after the header if it is the first, and send it to Weights & Biases."""
@@ -820,10 +820,14 @@ class Run:
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        is_stopped = self.signal and not isinstance(error, (FloatingPointError, RunError))
         if self.is_main:
             self.bar.close()
         if self.is_main and error and self.state:
-            self.save()
+            try:
+                self.save()
+            except RunError as failure:
+                print(failure, file=sys.stderr)  # what the run failed of comes first
         processes = getattr(self.envs.unwrapped, "processes", ())
         if error or not all(process.is_alive() for process in processes):
             for process in processes:  # asked to close, one that hangs or has died might never answer
@@ -833,17 +837,18 @@ class Run:
         self.envs.close()
         if self.is_main:
             self.csv.close()
-            self.send({"global_step": self.bar.n}, end=None)
+            self.send({"global_step": self.global_step}, end=None)
             if self.wandb:
                 self.wandb.finish(exit_code=int(error is not None))
-            if self.summary and (self.signal or not error):
+            if self.summary and (is_stopped or not error):
                 print(f"{self.summary}, {self.dir}")
-            if self.signal and (self.dir / "checkpoint.pt").exists():
+            is_done = self.global_step >= self.total_timesteps and not self.args.eval_episodes
+            if is_stopped and (self.dir / "checkpoint.pt").exists() and not is_done:
                 is_parallel = torch.distributed.is_initialized()
                 command = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if is_parallel else "python"
                 path = shlex.quote(str(self.dir / "checkpoint.pt"))
                 print(f"go on: {command} {Path(__file__).name} --resume {path}")
-        if self.signal:
+        if is_stopped:
             sys.exit(128 + self.signal)
         if processes and isinstance(error, (EOFError, ConnectionError)):
             raise RunError("a process of --vectorization-mode async has died") from error

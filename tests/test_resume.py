@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -975,6 +976,40 @@ def test_a_reward_that_is_nan_ends_a_run_that_can_go_on(script, start):
     assert all(torch.isfinite(value).all() for value in checkpoint["agent"].values())
 
 
+@each_script
+def test_the_error_of_an_environment_comes_before_that_of_a_full_disk(script, monkeypatch):
+    def fail(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(Exception, match="the environment is broken"):
+        train(script, **small(script, 10**4, env_id="Broken-v0", checkpoint_interval=10**6))
+    assert not multiprocessing.active_children()
+
+
+@the_exact_scripts
+def test_a_signal_does_not_hide_what_a_run_has_failed_of(script):
+    with pytest.MonkeyPatch.context() as patch:
+        log = MODULES[script].Run.log
+
+        def interrupt_and_log(self, *args):
+            log(self, *args)
+            if len(rows_of()) == 514 // 64:  # the next rollout holds the reward that is NaN
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(MODULES[script].Run, "log", interrupt_and_log)
+        with pytest.raises(FloatingPointError, match="reward"):
+            train(script, **small(script, 10**4, env_id="Nan-v0", num_envs=1, num_steps=64))
+
+
+@the_exact_scripts
+def test_a_signal_in_the_last_iteration_prints_no_command_that_would_be_refused(script, capsys):
+    interrupt(script, lambda: train(script, **small(script, 6)), 6)
+    assert re.fullmatch(r"CartPole-v1: .*\n", capsys.readouterr().out)
+    interrupt(script, lambda: train(script, **small(script, 6) | {"run_dir": "evaluated"}, eval_episodes=2), 6)
+    assert "go on: python" in capsys.readouterr().out
+
+
 @needs_proc
 @the_exact_scripts
 def test_a_killed_process_of_async_environments_ends_a_run_with_one_line(script, start):
@@ -1203,6 +1238,15 @@ def test_a_run_with_videos_goes_on_exactly_too(script, before, after, rendering)
     interrupt(script, lambda: train(script, **flags, capture_video=before), 3)
     resume(script, capture_video=after)
     assert log_of("run") == log_of("whole")
+
+
+@the_exact_scripts
+def test_videos_that_cannot_be_written_are_refused_and_leave_the_folder_to_the_next_try(script, rendering):
+    Path("run").mkdir()
+    Path("run/videos").touch()
+    with pytest.raises(MODULES[script].ConfigError, match="videos"):
+        train(script, **small(script, 2), capture_video=True)
+    assert os.listdir("run") == ["videos"]
 
 
 @needs_proc
