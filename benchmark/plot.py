@@ -3,11 +3,13 @@
     python benchmark/plot.py                                # the seven environments of the README
     python benchmark/plot.py --only HalfCheetah-v5 --scripts ppo ppo-recompute --out recompute.png
 
-A line is the mean over seeds of the mean return of the last 100 training episodes. Its band is the 95 % interval of
-that mean by the bootstrap, which draws seeds again for each environment and script.
+A line is the mean over seeds of the mean return of the last 100 training episodes. Its band is the 95 % bootstrap
+interval of that mean, which draws seeds again for each environment and script; with five seeds it is too narrow, and
+holds the mean of normal returns in some 83 % of cases.
 """
 
 import csv
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +64,12 @@ def main(args):
     )
     rng = np.random.default_rng(0)
     for panel, env_id in zip(panels.flat, (env_id for env_id in args.only if env_id in curves)):
+        others = itertools.cycle(("#d55e00", "#009e73", "#cc79a7", "#e69f00"))
         for script in (script for script in args.scripts if script in curves[env_id]):
             grid, seeds = curves[env_id][script]
             resampled = seeds[rng.integers(len(seeds), size=(1000, len(seeds)))].mean(1)
             low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
-            color, label = COLORS.get(script), f"{LABELS.get(script, script)} ({len(seeds)})"
+            color, label = COLORS.get(script, next(others)), f"{LABELS.get(script, script)} ({len(seeds)})"
             panel.plot(grid, seeds.mean(0), color=color, label=label, linewidth=1.6)
             panel.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
         panel.set_title(env_id, fontsize=11)

@@ -70,8 +70,10 @@ def thin(path, num_rows=200):
 
 
 def train(name, command, seed):
-    folder = HERE / "results" / name / str(seed)
+    folder, command_line = HERE / "results" / name / str(seed), f"python {' '.join(command)} --seed {seed}"
     if folder.exists():
+        if json.loads((folder / "run.json").read_text())["command"] != command_line:
+            sys.exit(f"{folder} is of another command; move it away")
         return
     with tempfile.TemporaryDirectory(dir=HERE) as temporary:
         run_dir, start = Path(temporary, "run"), time.perf_counter()
@@ -85,11 +87,11 @@ def train(name, command, seed):
             return
         summary = out.read_text().strip().rpartition(",")[0]
         about = {
-            "command": f"python {' '.join(command)} --seed {seed}",
+            "command": command_line,
             "summary": summary,
             "final_return": float(re.search(r"return (\S+),", summary)[1]),
             "seconds": round(time.perf_counter() - start, 1),
-            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),  # of all its processes, whatever else was running
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),  # of all its processes
             "packages": {package: version(package) for package in PACKAGES},
             "python": platform.python_version(),
             "processor": processor(),
@@ -113,9 +115,13 @@ def processor():
 
 def training_return(path):
     """The mean return over all of the training, each step counting alike: what a learner that is quick has more of."""
+    total, last_step = 0.0, 0
     with open(path) as file:
-        returns = [float(row["episodic_return"]) for row in csv.DictReader(file) if row["episodic_return"]]
-    return statistics.mean(returns)
+        for row in csv.DictReader(file):
+            if row["episodic_return"]:  # of the episodes that have ended since the last such row
+                step = int(row["global_step"])
+                total, last_step = total + (step - last_step) * float(row["episodic_return"]), step
+    return total / last_step
 
 
 def print_table(runs):

@@ -3,8 +3,8 @@
     python benchmark/sb3.py ppo --env-id Acrobot-v1 --total-timesteps 300000 --seed 1
     python benchmark/sb3.py a2c --env-id CartPole-v1
 
-The flags are those of ppo.py or a2c.py, whose settings are turned into those of Stable-Baselines3. What it cannot do,
-recompute advantages, is left out.
+The flags are those of ppo.py or a2c.py, whose settings are turned into those of Stable-Baselines3; what has no
+counterpart there is refused. Its learning rate falls one update ahead of ours.
 """
 
 import csv
@@ -48,6 +48,9 @@ class Log(BaseCallback):
 
 
 def train(name, args):
+    for flag in ("recompute_advantages", "clip_vloss", "kl_coef"):
+        if getattr(args, flag, False):
+            sys.exit(f"--{flag.replace('_', '-')} has no counterpart in Stable-Baselines3")
     torch.set_num_threads(1)
     envs = make_vec_env(args.env_id, args.num_envs, seed=1000 * args.seed)
     if args.normalize_obs or args.normalize_reward:

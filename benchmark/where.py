@@ -3,12 +3,14 @@
     python benchmark/where.py                # CartPole-v1 and HalfCheetah-v5: a minute
 
 A phase's time is measured within the run, by clocks around the calls. The limit of the environment is its own step with
-the same actions and nothing around it; that of the policy and of the update are the matrix products of the two networks
-alone, with as many rows: one forward product for each layer, and three (forward, and backward to the inputs and to the
-weights) for each layer in an update. What is printed is microseconds for each step of an environment.
+nothing around it, from the same seed with the same actions. That of the policy and of the update are the matrix
+products of the networks alone, with as many rows: for an action one a layer; in an update three (forward, backward to
+the weights and to the inputs, which the first layer lacks), and the forward products for values and log-probabilities.
+What is printed is microseconds for each step of an environment.
 """
 
 import csv
+import math
 import sys
 import tempfile
 import time
@@ -40,8 +42,9 @@ class Args:
     repeats: int = 3  # runs of each row, of which the median counts
 
 
-def timed(function, clock, name):
+def timed(function, clock, name, arguments):
     def call(*args, **kwargs):
+        arguments.append(args)
         start = time.perf_counter()
         result = function(*args, **kwargs)
         clock[name] = clock.get(name, 0.0) + time.perf_counter() - start
@@ -50,67 +53,71 @@ def timed(function, clock, name):
     return call
 
 
-def measure(flags, monkeypatched):
-    """Seconds of a run by phase; the update is what the others leave."""
-    clock, make_envs, sample, compute_gae = {}, *monkeypatched
+def measure(flags, originals):
+    """Seconds of a run by phase, of which the update is what the others leave; the seed and actions of its steps."""
+    clock, resets, steps, (make_envs, sample, compute_gae) = {}, [], [], originals
 
     def make_timed_envs(args):
         envs = make_envs(args)
-        envs.step = timed(envs.step, clock, "environment")
+        reset = envs.reset
+        envs.reset = lambda seed: (resets.append(seed), reset(seed=seed))[1]
+        envs.step = timed(envs.step, clock, "environment", steps)
         return envs
 
     ppo.make_envs = make_timed_envs
-    ppo.NumpyPolicy.sample = timed(sample, clock, "policy")
-    ppo.compute_gae = timed(compute_gae, clock, "GAE")
+    ppo.NumpyPolicy.sample = timed(sample, clock, "policy", [])
+    ppo.compute_gae = timed(compute_gae, clock, "GAE", [])
     with tempfile.TemporaryDirectory() as folder:
         ppo.train(ppo.Args(**flags, run_dir=f"{folder}/run"))
         with open(f"{folder}/run/metrics.csv") as file:
             seconds = float(list(csv.DictReader(file))[-1]["wall_time"])
-    return clock | {"update and the rest": seconds - sum(clock.values())}
+    ppo.make_envs, ppo.NumpyPolicy.sample, ppo.compute_gae = originals
+    return clock | {"update and the rest": seconds - sum(clock.values())}, resets[0], [action for (action,) in steps]
 
 
-def limits(flags):
+def seconds_of_products(num_rows, sizes, multiply, ones, skip_first=0):
+    """Seconds of the products of a network's layers with so many rows, once."""
+    layers = [(ones((num_rows, i)), ones((i, o))) for i, o in zip(sizes, sizes[1:])][skip_first:]
+    repeats, start = 2000, time.perf_counter()
+    for _ in range(repeats):
+        for inputs, weights in layers:
+            multiply(inputs, weights)
+    return (time.perf_counter() - start) / repeats
+
+
+def limits(flags, seed, actions):
     """Seconds that the environment alone and the matrix products alone need for as many steps."""
     args = ppo.Args(**flags)
-    N, num_rows = args.num_envs, args.num_envs * args.num_steps // args.num_minibatches
-    num_steps = args.total_timesteps // N
-    mode = "sync" if N == 1 else None
-    envs = gym.make_vec(args.env_id, N, mode)
-    envs.reset(seed=0)
-    actions = [envs.action_space.sample() for _ in range(num_steps)]
+    N, num_iterations = args.num_envs, args.total_timesteps // (args.num_envs * args.num_steps)
+    num_rows = N * args.num_steps // args.num_minibatches
+    envs = gym.make_vec(args.env_id, N)
+    envs.reset(seed=seed)
     start = time.perf_counter()
     for action in actions:
         envs.step(action)
     seconds = {"environment": time.perf_counter() - start}
-    num_inputs, action_space = int(np.prod(envs.single_observation_space.shape)), envs.single_action_space
+    num_inputs, action_space = math.prod(envs.single_observation_space.shape), envs.single_action_space
     num_outputs = int(action_space.n) if hasattr(action_space, "n") else action_space.shape[0]
     envs.close()
-
-    def products(rows, sizes, multiply, zeros):
-        layers = [(zeros((rows, i)), zeros((i, o))) for i, o in zip(sizes, sizes[1:])]
-        repeats = 2000
-        start = time.perf_counter()
-        for _ in range(repeats):
-            for inputs, weights in layers:
-                multiply(inputs, weights)
-        return (time.perf_counter() - start) / repeats
-
     actor, critic = (num_inputs, 64, 64, num_outputs), (num_inputs, 64, 64, 1)
-    seconds["policy"] = num_steps * products(N, actor, np.matmul, lambda shape: np.ones(shape, np.float32))
-    num_updates = args.total_timesteps // (N * args.num_steps) * args.update_epochs * args.num_minibatches
-    passes = sum(products(num_rows, sizes, torch.matmul, torch.ones) for sizes in (actor, critic))
-    return seconds | {"update and the rest": 3 * num_updates * passes}
+    per_action = seconds_of_products(N, actor, np.matmul, lambda shape: np.ones(shape, np.float32))
+    products = {"forward": 0.0, "update": 0.0}
+    for sizes in actor, critic:
+        forward = seconds_of_products(num_rows, sizes, torch.matmul, torch.ones)
+        products["forward"] += forward
+        products["update"] += 2 * forward + seconds_of_products(num_rows, sizes, torch.matmul, torch.ones, skip_first=1)
+    per_iteration = args.num_minibatches * (args.update_epochs * products["update"] + products["forward"])
+    return seconds | {"policy": len(actions) * per_action, "update and the rest": num_iterations * per_iteration}
 
 
 def main(options):
     torch.set_num_threads(1)
     originals = ppo.make_envs, ppo.NumpyPolicy.sample, ppo.compute_gae
     for name, flags in RUNS.items():
-        runs = [measure(flags, originals) for _ in range(options.repeats)]
-        ppo.make_envs, ppo.NumpyPolicy.sample, ppo.compute_gae = originals
-        alone, total_steps = limits(flags), flags["total_timesteps"]
+        clocks, seeds, actions = zip(*(measure(flags, originals) for _ in range(options.repeats)))
+        alone, total_steps = limits(flags, seeds[0], actions[0]), flags["total_timesteps"]
+        medians = {phase: np.median([clock[phase] for clock in clocks]) for phase in clocks[0]}
         print(f"{name}\n{'':24}{'us a step':>10}{'share':>8}{'limit':>8}")
-        medians = {phase: np.median([run[phase] for run in runs]) for phase in runs[0]}
         for phase, seconds in medians.items():
             limit = f"{1e6 * alone[phase] / total_steps:8.1f}" if phase in alone else ""
             print(f"{phase:24}{1e6 * seconds / total_steps:10.1f}{seconds / sum(medians.values()):8.0%}{limit}")
