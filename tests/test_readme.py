@@ -1,6 +1,9 @@
-"""README.md says what is true of the scripts: equations and their lines, lengths, commands and flags."""
+"""README.md and benchmark/ say what is true of the scripts: equations and their lines, lengths, commands, results."""
 
+import json
+import os
 import re
+import runpy
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -54,3 +57,26 @@ def test_the_flags_of_each_command_are_flags_of_the_script(command):
     for word in words[index:]:
         if word.startswith("--"):
             assert word.removeprefix("--").removeprefix("no-").replace("-", "_") in names
+
+
+def benchmark_runs():
+    return runpy.run_path(str(ROOT / "benchmark" / "run.py"))["read_runs"]()
+
+
+@pytest.mark.parametrize("name, command", benchmark_runs().items())
+def test_each_run_of_the_benchmark_has_flags_of_its_script(name, command):
+    words = command[1:] if command[0].endswith("sb3.py") else command
+    names = {field.name for field in fields({"ppo": ppo, "a2c": a2c, "a3c": a3c}[words[0].split(".")[0]].Args)}
+    flags = [word.removeprefix("--").removeprefix("no-") for word in words[1:] if word.startswith("--")]
+    assert {flag.replace("-", "_") for flag in flags} <= names, name
+
+
+RESULTS = ROOT / "benchmark" / "results"
+
+
+@pytest.mark.parametrize("result", sorted(str(p.parent.relative_to(RESULTS)) for p in RESULTS.glob("*/*/run.json")))
+def test_each_result_is_of_the_command_that_its_run_lists(result):
+    name, seed = result.split(os.sep)
+    command = " ".join(benchmark_runs()[name])
+    assert json.loads((RESULTS / result / "run.json").read_text())["command"] == f"python {command} --seed {seed}"
+    assert (RESULTS / result / "metrics.csv").exists()
