@@ -823,7 +823,7 @@ class Run:
         is_stopped = self.signal and not isinstance(error, (FloatingPointError, RunError))
         if self.is_main:
             self.bar.close()
-        if self.is_main and error and self.state:
+        if self.is_main and self.state and error and not isinstance(error, RunError):
             try:
                 self.save()
             except RunError as failure:
