@@ -486,8 +486,7 @@ def train(args):
 
             # Log.
             names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
-            means = torch.stack(diagnostics).mean(0)
-            means = torch.cat((means, explained_variance[None]))
+            means = torch.cat((torch.stack(diagnostics).mean(0), explained_variance[None]))
             average_over_processes(means, len(b_obs))
             *losses, explained_variance = means.tolist()
             update = dict(zip(names, losses))
@@ -700,7 +699,7 @@ class Run:
     """
 
     def __init__(self, args, envs, checkpoint, is_main, total_timesteps, note):
-        self.args, self.envs, self.is_main, self.total_timesteps, self.note = args, envs, is_main, total_timesteps, note
+        self.args, self.envs, self.is_main, self.note = args, envs, is_main, note
         self.summary = self.signal = self.state = self.wandb = None
         name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
@@ -726,8 +725,7 @@ class Run:
         if args.track:
             self.start_wandb(args, name)
         self.start_time = time.perf_counter() - self.seconds
-        size = {"total": total_timesteps, "initial": self.global_step}
-        self.bar = tqdm(**size, desc=args.env_id, unit="step", unit_scale=True)
+        self.bar = tqdm(total=total_timesteps, initial=self.global_step, desc=args.env_id, unit="step", unit_scale=True)
 
     def start_wandb(self, args, name):
         import wandb
@@ -842,7 +840,7 @@ class Run:
                 self.wandb.finish(exit_code=int(error is not None))
             if self.summary and (is_stopped or not error):
                 print(f"{self.summary}, {self.dir}")
-            is_done = self.global_step >= self.total_timesteps and not self.args.eval_episodes
+            is_done = self.global_step >= self.bar.total and not self.args.eval_episodes
             if is_stopped and (self.dir / "checkpoint.pt").exists() and not is_done:
                 is_parallel = torch.distributed.is_initialized()
                 command = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if is_parallel else "python"

@@ -1002,6 +1002,20 @@ def test_a_signal_does_not_hide_what_a_run_has_failed_of(script):
             train(script, **small(script, 10**4, env_id="Nan-v0", num_envs=1, num_steps=64))
 
 
+def test_a_signal_before_the_first_report_of_a3c_has_nothing_to_save(monkeypatch):
+    def arrivals(workers, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for process in workers.processes:
+            process.kill()
+            process.join()
+        yield from ()
+
+    monkeypatch.setattr(a3c, "arrivals", arrivals)
+    with pytest.raises(SystemExit) as stop:
+        train("a3c", **small("a3c", 50))
+    assert stop.value.code == 143 and stop.value.__context__ is None and not Path("run/checkpoint.pt").exists()
+
+
 @the_exact_scripts
 def test_a_signal_in_the_last_iteration_prints_no_command_that_would_be_refused(script, capsys):
     interrupt(script, lambda: train(script, **small(script, 6)), 6)
