@@ -12,7 +12,7 @@
 A2C is PPO with a single minibatch, a single pass over it, and the advantages as they are (Huang et al. 2022,
 https://arxiv.org/abs/2205.09123). With the same optimizer, as here, the two make the same updates, up to rounding:
 
-    python a2c.py --optimizer adam
+    python a2c.py --optimizer adam --learning-rate 3e-3
     python ppo.py --update-epochs 1 --num-minibatches 1 --no-norm-adv --num-envs 16 --num-steps 8 --gae-lambda 1
 
 Read `train` first, whose four phases are the algorithm, then `compute_gae` and `Agent`. What stands below `train` keeps
@@ -64,8 +64,8 @@ class Args:
     clip_reward: float | None = None  # bound on |reward|, after any normalization: 10 goes with it, 1 with Atari
     log_std_init: float = 0.0  # initial log standard deviation of continuous actions
 
-    optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # RMSprop with alpha 0.99, as published, or Adam; eps 1e-5
-    learning_rate: float = 3e-3  # step size of the optimizer
+    optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # RMSprop with alpha 0.99, as published, or Adam
+    learning_rate: float = 7e-3  # step size of the optimizer
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.98  # discount factor
     gae_lambda: float = 1.0  # lambda of GAE: 0 is the one-step TD error, 1 the Monte Carlo return
@@ -350,8 +350,8 @@ def train(args):
     theta = flatten_parameters(agent)
     if world_size > 1:
         torch.distributed.broadcast(theta.data, src=0)
-    if args.optimizer == "rmsprop":
-        optimizer = torch.optim.RMSprop([theta], lr=args.learning_rate, alpha=0.99, eps=1e-5)
+    if args.optimizer == "rmsprop":  # eps is 1e-5 under the root of the papers; PyTorch adds it outside
+        optimizer = torch.optim.RMSprop([theta], lr=args.learning_rate, alpha=0.99, eps=1e-5**0.5)
     else:
         optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
 

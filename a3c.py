@@ -66,8 +66,8 @@ class Args:
     clip_reward: float | None = None  # bound on |reward|, after any normalization: 10 goes with it, 1 with Atari
     log_std_init: float = 0.0  # initial log standard deviation of continuous actions
 
-    optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # RMSprop with alpha 0.99, as published, or Adam; eps 1e-5
-    learning_rate: float = 3e-3  # step size of the optimizer
+    optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # RMSprop with alpha 0.99, as published, or Adam
+    learning_rate: float = 7e-3  # step size of the optimizer
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.98  # discount factor
     gae_lambda: float = 1.0  # lambda of GAE: 0 is the one-step TD error, 1 the Monte Carlo return
@@ -482,8 +482,8 @@ def train(args):
     torch.set_num_threads(1)  # more would slow small networks down, and their initial weights would depend on them
     agent = Agent(envs, args.log_std_init, args.normalize_obs, args.normalize_reward)
     theta = flatten_parameters(agent)
-    if args.optimizer == "rmsprop":
-        optimizer = torch.optim.RMSprop([theta], lr=args.learning_rate, alpha=0.99, eps=1e-5)
+    if args.optimizer == "rmsprop":  # eps is 1e-5 under the root of the papers; PyTorch adds it outside
+        optimizer = torch.optim.RMSprop([theta], lr=args.learning_rate, alpha=0.99, eps=1e-5**0.5)
     else:
         optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
     optimizer.step()  # along a gradient of 0: this makes the optimizer's state, which would else be each worker's own

@@ -72,12 +72,24 @@ def test_images_and_box_actions_train(optimizer, tmp_path):
         assert all(torch.isfinite(parameter).all() for parameter in agent.parameters())
 
 
-def test_rmsprop_has_the_published_settings(tmp_path, monkeypatch):
-    settings = []
-    step = torch.optim.RMSprop.step
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e-2, 1.0])
+def test_rmsprop_steps_as_far_as_that_of_the_papers(scale, tmp_path, monkeypatch):
+    # The papers have g / sqrt(v + 1e-5), PyTorch g / (sqrt(v) + eps): along a gradient that vanishes, as the noise of a
+    # solved task does, eps = 1e-5 would step hundreds of times as far.
+    settings, step = [], torch.optim.RMSprop.step
     monkeypatch.setattr(
         torch.optim.RMSprop, "step", lambda self: (settings.append(dict(self.param_groups[0])), step(self))
     )
     a2c.train(a2c.Args(num_envs=2, num_steps=4, total_timesteps=16, run_dir=str(tmp_path / "run")))
     assert len(settings) == 2
-    assert all((group["alpha"], group["eps"]) == (0.99, 1e-5) for group in settings)
+    monkeypatch.undo()
+    parameter, v = torch.nn.Parameter(torch.zeros(50)), torch.zeros(50)
+    optimizer = torch.optim.RMSprop([parameter], **{k: x for k, x in settings[0].items() if k != "params"})
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        gradient = scale * torch.randn(50, generator=generator)
+        v = 0.99 * v + 0.01 * gradient.square()
+        before, parameter.grad = parameter.detach().clone(), gradient
+        optimizer.step()
+        ratio = (before - parameter.detach()) / (settings[0]["lr"] * gradient / (v + 1e-5).sqrt())
+        assert 0.7 < ratio.min() and ratio.max() < 1.001

@@ -246,7 +246,7 @@ def finish(process, seconds=30):
     [("Raises", "ValueError: the environment is broken"), ("Dies", "SIGKILL"), ("GivesNan", "reward[0] is nan")],
 )
 def test_a_worker_that_fails_ends_the_run(tmp_path, env, message, start_method):
-    code, out, error = finish(start(tmp_path, env, "--start-method", start_method))
+    code, out, error = finish(start(tmp_path, env, "--start-method", start_method), seconds=120)  # with the imports
     assert code == 1
     assert error.count(message) == 1
     assert error.count("Traceback") == (0 if env == "Dies" else 1)
@@ -269,7 +269,7 @@ def test_ctrl_c_and_sigterm_end_the_run_and_keep_its_log(tmp_path, number, code,
     assert len(rows_of("run")) >= 5
 
 
-def wait_for_rows(count, seconds=30):
+def wait_for_rows(count, seconds=120):
     end = time.perf_counter() + seconds
     while not Path("run/metrics.csv").exists() or len(rows_of("run")) < count:
         assert time.perf_counter() < end
