@@ -350,7 +350,7 @@ def train(args):
     theta = flatten_parameters(agent)
     if world_size > 1:
         torch.distributed.broadcast(theta.data, src=0)
-    if args.optimizer == "rmsprop":  # eps is 1e-5 under the root of the papers; PyTorch adds it outside
+    if args.optimizer == "rmsprop":  # the paper adds an eps, here 1e-5, under the root, PyTorch outside
         optimizer = torch.optim.RMSprop([theta], lr=args.learning_rate, alpha=0.99, eps=1e-5**0.5)
     else:
         optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)

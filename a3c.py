@@ -482,7 +482,7 @@ def train(args):
     torch.set_num_threads(1)  # more would slow small networks down, and their initial weights would depend on them
     agent = Agent(envs, args.log_std_init, args.normalize_obs, args.normalize_reward)
     theta = flatten_parameters(agent)
-    if args.optimizer == "rmsprop":  # eps is 1e-5 under the root of the papers; PyTorch adds it outside
+    if args.optimizer == "rmsprop":  # the paper adds an eps, here 1e-5, under the root, PyTorch outside
         optimizer = torch.optim.RMSprop([theta], lr=args.learning_rate, alpha=0.99, eps=1e-5**0.5)
     else:
         optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
