@@ -1,7 +1,7 @@
 """Draw the learning curves of benchmark/results: a panel for each environment, a line for each script.
 
     python benchmark/plot.py                                # the seven environments of the README
-    python benchmark/plot.py --only HalfCheetah-v5 --scripts ppo ppo-recompute --out recompute.png
+    python benchmark/plot.py --only HalfCheetah-v5 --scripts ppo sb3-ppo --out cheetah.png
 
 A line is the mean over seeds of the mean return of the last 100 training episodes. Its band is the 95 % bootstrap
 interval of that mean, which draws seeds again for each environment and script; with five seeds it is too narrow, and
@@ -20,8 +20,14 @@ import tyro
 from matplotlib.ticker import EngFormatter
 
 HERE = Path(__file__).resolve().parent
-COLORS = {"ppo": "#0072b2", "a2c": "#009e73", "a3c": "#cc79a7", "sb3-ppo": "#d55e00", "sb3-a2c": "#e69f00"}
-LABELS = {"ppo": "ppo.py", "a2c": "a2c.py", "a3c": "a3c.py", "sb3-ppo": "PPO of SB3", "sb3-a2c": "A2C of SB3"}
+LABELS = {
+    "ppo": ("ppo.py", "#0072b2"),
+    "ppo-recompute": ("ppo.py, recomputed", "#56b4e9"),
+    "a2c": ("a2c.py", "#009e73"),
+    "a3c": ("a3c.py", "#cc79a7"),
+    "sb3-ppo": ("PPO of SB3", "#d55e00"),
+    "sb3-a2c": ("A2C of SB3", "#e69f00"),
+}
 CLASSIC = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "LunarLander-v3")
 MUJOCO = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 
@@ -29,7 +35,7 @@ MUJOCO = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 @dataclass
 class Args:
     only: tuple[str, ...] = CLASSIC + MUJOCO  # environments to draw
-    scripts: tuple[str, ...] = tuple(COLORS)  # lines to draw
+    scripts: tuple[str, ...] = tuple(LABELS)  # lines to draw
     out: Path = HERE / "learning.png"  # the picture
 
 
@@ -69,8 +75,8 @@ def main(args):
             grid, seeds = curves[env_id][script]
             resampled = seeds[rng.integers(len(seeds), size=(1000, len(seeds)))].mean(1)
             low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
-            color, label = COLORS.get(script, next(others)), f"{LABELS.get(script, script)} ({len(seeds)})"
-            panel.plot(grid, seeds.mean(0), color=color, label=label, linewidth=1.6)
+            label, color = LABELS.get(script) or (script, next(others))
+            panel.plot(grid, seeds.mean(0), color=color, label=f"{label} ({len(seeds)})", linewidth=1.6)
             panel.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
         panel.set_title(env_id, fontsize=11)
         panel.xaxis.set_major_formatter(EngFormatter())
