@@ -1,6 +1,6 @@
 """Draw the learning curves of benchmark/results: a panel for each environment, a line for each script.
 
-    python benchmark/plot.py                                # the seven environments of the README
+    python benchmark/plot.py                                # the eight environments of the README
     python benchmark/plot.py --only HalfCheetah-v5 --scripts ppo sb3-ppo --out cheetah.png
 
 A line is the mean over seeds of the mean return of the last 100 training episodes. Its band is the 95 % bootstrap
@@ -34,7 +34,7 @@ MUJOCO = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 
 @dataclass
 class Args:
-    only: tuple[str, ...] = CLASSIC + MUJOCO  # environments to draw
+    only: tuple[str, ...] = CLASSIC + MUJOCO + ("Pong-v5",)  # environments to draw
     scripts: tuple[str, ...] = tuple(LABELS)  # lines to draw
     out: Path = HERE / "learning.png"  # the picture
 
@@ -79,6 +79,7 @@ def main(args):
             panel.plot(grid, seeds.mean(0), color=color, label=f"{label} ({len(seeds)})", linewidth=1.6)
             panel.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
         panel.set_title(env_id, fontsize=11)
+        panel.locator_params(axis="x", nbins=5)
         panel.xaxis.set_major_formatter(EngFormatter())
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
