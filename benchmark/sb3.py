@@ -52,7 +52,7 @@ def train(name, args):
         if getattr(args, flag, False):
             sys.exit(f"--{flag.replace('_', '-')} has no counterpart in Stable-Baselines3")
     torch.set_num_threads(1)
-    env_kwargs = {"render_mode": None}  # SB3's own, rgb_array, has LunarLander simulate thousands of decorative particles
+    env_kwargs = {"render_mode": None}  # SB3's own, rgb_array, has LunarLander simulate ever more particles
     envs = make_vec_env(args.env_id, args.num_envs, seed=1000 * args.seed, env_kwargs=env_kwargs)
     if args.normalize_obs or args.normalize_reward:
         flags = {"norm_obs": args.normalize_obs, "norm_reward": args.normalize_reward, "gamma": args.gamma}
