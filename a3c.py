@@ -35,9 +35,7 @@ import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Literal
 
 import gymnasium as gym
@@ -130,15 +128,15 @@ def make_envs(args):
         raise ConfigError(f"--vectorization-mode: {autoreset_mode} of {args.env_id} is not NEXT_STEP; try sync")
     envs = RecordEpisodeStatistics(envs)
     if isinstance(action_space, Box):
-        envs = TransformAction(envs, partial(np.clip, a_min=action_space.low, a_max=action_space.high))
+        envs = TransformAction(envs, lambda actions: actions.clip(action_space.low, action_space.high))
     elif action_space.start != 0:
-        envs = TransformAction(envs, partial(np.add, action_space.start))
+        envs = TransformAction(envs, lambda actions: actions + action_space.start)
     return envs
 
 
-def layer_init(layer, std=2**0.5, bias=0.0):
+def layer_init(layer, std=2**0.5):
     nn.init.orthogonal_(layer.weight, std)
-    nn.init.constant_(layer.bias, bias)
+    nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -163,31 +161,13 @@ class RunningStatistics(nn.Module):
         self.var += weight * (var - self.var + (1 - weight) * delta.square())
 
 
-class MLP(nn.Sequential):
+def make_mlp(num_inputs, num_outputs, std):
     """Two hidden layers of 64 tanh units: (..., num_inputs) -> (..., num_outputs)."""
-
-    def __init__(self, num_inputs, num_outputs, std):
-        super().__init__(
-            layer_init(nn.Linear(num_inputs, 64)), nn.Tanh(),
-            layer_init(nn.Linear(64, 64)), nn.Tanh(),
-            layer_init(nn.Linear(64, num_outputs), std=std),
-        )
-
-
-class DiagonalNormal(Independent):
-    """Normal actions whose dimensions are independent: PyTorch's distribution with fewer, faster operations."""
-
-    def __init__(self, mean, log_std):
-        super().__init__(Normal(mean, log_std.exp(), validate_args=False), log_std.ndim, validate_args=False)
-        self.log_std = log_std
-
-    def log_prob(self, actions):
-        scaled = (actions - self.mean) * (-self.log_std).exp()
-        scaled = scaled.reshape(*scaled.shape[: scaled.ndim - self.log_std.ndim], -1)
-        return -0.5 * scaled.square().sum(-1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
-
-    def entropy(self):
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(self.batch_shape)
+    return nn.Sequential(
+        layer_init(nn.Linear(num_inputs, 64)), nn.Tanh(),
+        layer_init(nn.Linear(64, 64)), nn.Tanh(),
+        layer_init(nn.Linear(64, num_outputs), std=std),
+    )
 
 
 class Agent(nn.Module):
@@ -199,9 +179,8 @@ class Agent(nn.Module):
     def __init__(self, envs, log_std_init=0.0, normalize_obs=False, normalize_reward=False):
         super().__init__()
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
-        is_discrete = isinstance(action_space, Discrete)
-        num_outputs = int(action_space.n) if is_discrete else math.prod(action_space.shape)
-        self.log_std = None if is_discrete else nn.Parameter(torch.full(action_space.shape, log_std_init))
+        is_box, num_outputs = isinstance(action_space, Box), gym.spaces.flatdim(action_space)
+        self.log_std = nn.Parameter(torch.full(action_space.shape, log_std_init)) if is_box else None
         self.obs_shape, self.is_uint8 = obs_space.shape, obs_space.dtype == np.uint8
         self.obs_statistics = RunningStatistics(self.obs_shape) if normalize_obs else None
         self.return_statistics = RunningStatistics(()) if normalize_reward else None
@@ -218,8 +197,8 @@ class Agent(nn.Module):
             self.actor = layer_init(nn.Linear(512, num_outputs), std=0.01)
             self.critic = layer_init(nn.Linear(512, 1), std=1.0)
         else:
-            self.actor = MLP(math.prod(self.obs_shape), num_outputs, std=0.01)
-            self.critic = MLP(math.prod(self.obs_shape), 1, std=1.0)
+            self.actor = make_mlp(math.prod(self.obs_shape), num_outputs, std=0.01)
+            self.critic = make_mlp(math.prod(self.obs_shape), 1, std=1.0)
 
     def encode(self, obs):
         """Turn observations into features for the actor and the critic, (..., F)."""
@@ -249,12 +228,12 @@ class Agent(nn.Module):
     def make_dist(self, outputs):
         if self.log_std is None:
             return Categorical(logits=outputs, validate_args=False)
-        mean = outputs.reshape(*outputs.shape[:-1], *self.log_std.shape)
-        return DiagonalNormal(mean, self.log_std)
+        mean, std = outputs.reshape(*outputs.shape[:-1], *self.log_std.shape), self.log_std.exp()
+        return Independent(Normal(mean, std, validate_args=False), std.ndim, validate_args=False)
 
 
 class NumpyPolicy:
-    """The policy of an agent as it is now, from NumPy to NumPy, for the actions of a rollout.
+    """The policy of an agent until its next update, from NumPy to NumPy, for the actions of a rollout.
 
     For a few rows a time, calling PyTorch takes longer than the arithmetic; only images are worth it.
     """
@@ -403,23 +382,24 @@ def worker(
                 rewards /= math.sqrt(shared_agent.return_statistics.var + 1e-8)
         if args.clip_reward is not None:
             np.clip(rewards, -args.clip_reward, args.clip_reward, out=rewards)
-        all_obs = torch.tensor(obs)
+        all_obs = torch.as_tensor(obs)
         with torch.no_grad():
             values = agent.get_value(all_obs).numpy(force=True)  # (T + 1, N)
         advantages = compute_gae(
             rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
         )
-        b_obs, b_actions, b_values, b_advantages, b_returns = (
-            torch.tensor(x[is_transition])
-            for x in (obs[:-1], actions, values[:-1], advantages, advantages + values[:-1])
+        b_obs, b_actions, b_advantages, b_returns = (
+            torch.as_tensor(x[is_transition])
+            for x in (obs[:-1], actions, advantages, advantages + values[:-1])
         )
-        explained_variance = 1 - (b_returns - b_values).var(correction=0) / b_returns.var(correction=0)
+        explained_variance = 1 - b_advantages.var(correction=0) / b_returns.var(correction=0)
 
         # Update the policy and the value function.
         dist, new_values = agent(b_obs)
         policy_loss = -(dist.log_prob(b_actions) * b_advantages).mean()
         value_loss = 0.5 * (new_values - b_returns).square().mean()
-        entropy = dist.entropy().mean()
+        with torch.set_grad_enabled(args.ent_coef > 0):  # else its gradient would be time lost
+            entropy = dist.entropy().mean()
         loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
         theta.grad.zero_()
         loss.backward()
@@ -552,10 +532,9 @@ def check_args(args, checkpoint=None):
         for name in names:
             if not holds(getattr(args, name)):
                 raise ConfigError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(args, name)}")
-    may_change = "total_timesteps checkpoint_interval resume eval_episodes eval_deterministic capture_video track"
-    may_change += " wandb_project_name wandb_entity"
+    may_change = ("total_timesteps", "checkpoint_", "resume", "eval_", "capture_video", "track", "wandb_")
     for name, value in checkpoint["args"].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in may_change.split():
+        if getattr(args, name) != value and not name.startswith(may_change):
             raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
     is_done = checkpoint and args.total_timesteps // rollout_size <= checkpoint["global_step"] // rollout_size
     if is_done and args.eval_episodes == 0:
@@ -588,13 +567,11 @@ def evaluate(agent, args, run_dir):
             actions = dist.mode if args.eval_deterministic else dist.sample()
         obs, _, _, _, infos = envs.step(actions.numpy(force=True))
         for i in np.flatnonzero(infos.get("_episode", False)):
-            if len(returns[i]) < quotas[i]:
-                returns[i].append(infos["episode"]["r"][i].item())
+            returns[i].append(infos["episode"]["r"][i].item())
     envs.close()
-    returns = np.concatenate(returns)
-    mean, std, nu, z = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else math.nan, num_episodes - 1, 1.96
-    t = {0: math.nan, 1: 12.706, 2: 4.303, 3: 3.182}.get(nu)  # Student's t, and from 4 on its expansion in 1 / nu
-    t = t or z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)
+    returns = np.concatenate([ours[:quota] for ours, quota in zip(returns, quotas)])
+    mean, std = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else math.nan
+    t = np.quantile(np.abs(np.random.default_rng(0).standard_t(max(num_episodes - 1, 1), 10**6)), 0.95)  # Student's
     low, high = mean - t * std / num_episodes**0.5, mean + t * std / num_episodes**0.5
     print(f"evaluation: return {mean:.1f}, std {std:.1f}, 95 % interval {low:.1f} to {high:.1f}")
     results = {"mean": mean, "std": std, "interval_95": [low, high], "returns": returns.tolist()}
@@ -650,22 +627,19 @@ class Run:
             raise ConfigError(f"{error.filename}: {error.strerror}; {remedy}") from error
         self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
         if args.track:
-            self.start_wandb(args, name)
+            resume = "allow" if self.wandb_id else None
+            about = {"name": name, "id": self.wandb_id, "resume": resume, "config": vars(args), "dir": self.dir}
+            try:
+                import wandb
+
+                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, **about)
+            except Exception as error:
+                if not checkpoint:
+                    os.remove(self.csv.name)  # leaves the folder to the next try
+                raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
+            self.wandb_id, self.wandb_video = self.wandb.id, wandb.Video
         self.start_time = time.perf_counter() - self.seconds
         self.bar = tqdm(total=total_timesteps, initial=self.global_step, desc=args.env_id, unit="step", unit_scale=True)
-
-    def start_wandb(self, args, name):
-        import wandb
-
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": self.wandb_id}
-        try:
-            resume = "allow" if self.wandb_id else None
-            self.wandb = wandb.init(**names, resume=resume, config=vars(args), dir=self.dir)
-        except wandb.Error as error:
-            if not args.resume:
-                (self.dir / "metrics.csv").unlink()  # leaves the folder to the next try
-            raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
-        self.wandb_id, self.wandb_video = self.wandb.id, wandb.Video
 
     def __enter__(self):
         self.handlers = {}
@@ -692,7 +666,7 @@ class Run:
             "episodic_length": mean_length,
         }
         self.write(metrics | update)
-        last_return = f"return {fmean(self.last_returns):.1f}" if self.last_returns else "no episode has ended"
+        last_return = f"return {np.mean(self.last_returns):.1f}" if self.last_returns else "no episode has ended"
         self.summary = f"{self.args.env_id}: {last_return}, {global_step} steps in {self.seconds:.1f} s{self.note}"
         self.bar.set_postfix_str(last_return, refresh=False)
         self.bar.update(global_step - self.global_step)
@@ -763,8 +737,8 @@ class Run:
                 print(f"{self.summary}, {self.dir}")
             is_done = self.global_step >= self.bar.total and not self.args.eval_episodes
             if is_stopped and (self.dir / "checkpoint.pt").exists() and not is_done:
-                path = shlex.quote(str(self.dir / "checkpoint.pt"))
-                print(f"go on: python {Path(__file__).name} --resume {path}")
+                rest = shlex.join((os.path.relpath(__file__), "--resume", f"{self.dir}/checkpoint.pt"))
+                print(f"go on: python {rest}")
         if is_stopped:
             sys.exit(128 + self.signal)
 
@@ -775,10 +749,8 @@ if __name__ == "__main__":
         if args.resume:  # flags that are not given stay as they were
             args = tyro.cli(Args, default=Args(**{**load_checkpoint(args.resume)["args"], "resume": args.resume}))
         train(args)
-    except ConfigError as error:
+    except (ConfigError, FloatingPointError, RunError, mp.ProcessRaisedException, mp.ProcessExitedException) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (FloatingPointError, RunError, mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

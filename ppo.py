@@ -29,9 +29,7 @@ import time
 import zipfile
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Literal
 
 import gymnasium as gym
@@ -131,15 +129,15 @@ def make_envs(args):
         raise ConfigError(f"--vectorization-mode: {autoreset_mode} of {args.env_id} is not NEXT_STEP; try sync")
     envs = RecordEpisodeStatistics(envs)
     if isinstance(action_space, Box):
-        envs = TransformAction(envs, partial(np.clip, a_min=action_space.low, a_max=action_space.high))
+        envs = TransformAction(envs, lambda actions: actions.clip(action_space.low, action_space.high))
     elif action_space.start != 0:
-        envs = TransformAction(envs, partial(np.add, action_space.start))
+        envs = TransformAction(envs, lambda actions: actions + action_space.start)
     return envs
 
 
-def layer_init(layer, std=2**0.5, bias=0.0):
+def layer_init(layer, std=2**0.5):
     nn.init.orthogonal_(layer.weight, std)
-    nn.init.constant_(layer.bias, bias)
+    nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -166,31 +164,13 @@ class RunningStatistics(nn.Module):
         self.var += weight * (var - self.var + (1 - weight) * delta.square())
 
 
-class MLP(nn.Sequential):
+def make_mlp(num_inputs, num_outputs, std):
     """Two hidden layers of 64 tanh units: (..., num_inputs) -> (..., num_outputs)."""
-
-    def __init__(self, num_inputs, num_outputs, std):
-        super().__init__(
-            layer_init(nn.Linear(num_inputs, 64)), nn.Tanh(),
-            layer_init(nn.Linear(64, 64)), nn.Tanh(),
-            layer_init(nn.Linear(64, num_outputs), std=std),
-        )
-
-
-class DiagonalNormal(Independent):
-    """Normal actions whose dimensions are independent: PyTorch's distribution with fewer, faster operations."""
-
-    def __init__(self, mean, log_std):
-        super().__init__(Normal(mean, log_std.exp(), validate_args=False), log_std.ndim, validate_args=False)
-        self.log_std = log_std
-
-    def log_prob(self, actions):
-        scaled = (actions - self.mean) * (-self.log_std).exp()
-        scaled = scaled.reshape(*scaled.shape[: scaled.ndim - self.log_std.ndim], -1)
-        return -0.5 * scaled.square().sum(-1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
-
-    def entropy(self):
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(self.batch_shape)
+    return nn.Sequential(
+        layer_init(nn.Linear(num_inputs, 64)), nn.Tanh(),
+        layer_init(nn.Linear(64, 64)), nn.Tanh(),
+        layer_init(nn.Linear(64, num_outputs), std=std),
+    )
 
 
 class Agent(nn.Module):
@@ -202,9 +182,8 @@ class Agent(nn.Module):
     def __init__(self, envs, log_std_init=0.0, normalize_obs=False, normalize_reward=False):
         super().__init__()
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
-        is_discrete = isinstance(action_space, Discrete)
-        num_outputs = int(action_space.n) if is_discrete else math.prod(action_space.shape)
-        self.log_std = None if is_discrete else nn.Parameter(torch.full(action_space.shape, log_std_init))
+        is_box, num_outputs = isinstance(action_space, Box), gym.spaces.flatdim(action_space)
+        self.log_std = nn.Parameter(torch.full(action_space.shape, log_std_init)) if is_box else None
         self.obs_shape, self.is_uint8 = obs_space.shape, obs_space.dtype == np.uint8
         self.obs_statistics = RunningStatistics(self.obs_shape) if normalize_obs else None
         self.return_statistics = RunningStatistics(()) if normalize_reward else None
@@ -221,8 +200,8 @@ class Agent(nn.Module):
             self.actor = layer_init(nn.Linear(512, num_outputs), std=0.01)
             self.critic = layer_init(nn.Linear(512, 1), std=1.0)
         else:
-            self.actor = MLP(math.prod(self.obs_shape), num_outputs, std=0.01)
-            self.critic = MLP(math.prod(self.obs_shape), 1, std=1.0)
+            self.actor = make_mlp(math.prod(self.obs_shape), num_outputs, std=0.01)
+            self.critic = make_mlp(math.prod(self.obs_shape), 1, std=1.0)
 
     def encode(self, obs):
         """Turn observations into features for the actor and the critic, (..., F)."""
@@ -252,12 +231,12 @@ class Agent(nn.Module):
     def make_dist(self, outputs):
         if self.log_std is None:
             return Categorical(logits=outputs, validate_args=False)
-        mean = outputs.reshape(*outputs.shape[:-1], *self.log_std.shape)
-        return DiagonalNormal(mean, self.log_std)
+        mean, std = outputs.reshape(*outputs.shape[:-1], *self.log_std.shape), self.log_std.exp()
+        return Independent(Normal(mean, std, validate_args=False), std.ndim, validate_args=False)
 
 
 class NumpyPolicy:
-    """The policy of an agent as it is now, from NumPy to NumPy, for the actions of a rollout.
+    """The policy of an agent until its next update, from NumPy to NumPy, for the actions of a rollout.
 
     For a few rows a time, calling PyTorch takes longer than the arithmetic; only images are worth it.
     """
@@ -379,7 +358,6 @@ def train(args):
 
     is_main = rank == 0 and first_iteration < num_iterations
     with Run(args, envs, checkpoint, is_main, num_iterations * rollout_size, note) as run:
-        envs = run.envs
         for iteration in range(first_iteration, num_iterations):
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
@@ -389,7 +367,7 @@ def train(args):
             policy, new_episodes = NumpyPolicy(agent), []
             for step in range(T):
                 actions[step] = policy.sample(obs[step], rng)
-                obs[step + 1], rewards[step], terminations[step], truncations, infos = envs.step(actions[step])
+                obs[step + 1], rewards[step], terminations[step], truncations, infos = run.envs.step(actions[step])
                 dones[step + 1] = terminations[step] | truncations
                 global_step += N * world_size
                 check_finite(global_step, observation=obs[step + 1], reward=rewards[step])
@@ -408,17 +386,17 @@ def train(args):
                 rewards /= math.sqrt(agent.return_statistics.var + 1e-8)
             if args.clip_reward is not None:
                 np.clip(rewards, -args.clip_reward, args.clip_reward, out=rewards)
-            all_obs = torch.tensor(obs, device=device)
+            all_obs = torch.as_tensor(obs, device=device)
             with torch.no_grad():
                 values = agent.get_value(all_obs).numpy(force=True)  # (T + 1, N)
             advantages = compute_gae(
                 rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
             )
             b_obs, b_actions, b_values, b_advantages, b_returns = (
-                torch.tensor(x[is_transition], device=device)
+                torch.as_tensor(x[is_transition], device=device)
                 for x in (obs[:-1], actions, values[:-1], advantages, advantages + values[:-1])
             )
-            explained_variance = 1 - (b_returns - b_values).var(correction=0) / b_returns.var(correction=0)
+            explained_variance = 1 - b_advantages.var(correction=0) / b_returns.var(correction=0)
 
             # Update the policy and the value function.
             with torch.no_grad():
@@ -432,7 +410,7 @@ def train(args):
                         rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
                     )
                     b_advantages, b_returns = (
-                        torch.tensor(x[is_transition], device=device) for x in (advantages, advantages + values[:-1])
+                        torch.as_tensor(x[is_transition], device=device) for x in (advantages, advantages + values[:-1])
                     )
                 order = torch.randperm(len(b_obs))
                 batch = (b_obs, b_actions, b_logprobs, b_values, b_advantages, b_returns)
@@ -452,11 +430,12 @@ def train(args):
                         squared_error = torch.max(squared_error, (clipped_values - mb_returns).square())
                     value_loss = 0.5 * squared_error.mean()
 
-                    entropy = dist.entropy().mean()
+                    with torch.set_grad_enabled(args.ent_coef > 0):  # else its gradient would be time lost
+                        entropy = dist.entropy().mean()
                     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss  # eq. 9
                     approx_kl = (ratio - 1 - logratio).mean()  # KL(old || new): unbiased, and each term is >= 0
                     if args.kl_coef > 0:
-                        loss = loss + kl_coef * approx_kl  # eq. 8
+                        loss = loss + kl_coef * approx_kl  # eq. 8, where clip_coef is inf
 
                     clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
                     diagnostics.append(torch.stack((policy_loss, value_loss, entropy, approx_kl, clipfrac)).detach())
@@ -497,13 +476,8 @@ def train(args):
             stop_signal = next(filter(None, signals), None)  # the same for all processes
             if is_main:
                 run.log(global_step, sum(episodes, []), update)
-            run.state = {
-                "global_step": global_step,
-                "world_size": world_size,
-                "kl_coef": kl_coef,
-                "agent": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
+            learned = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            run.state = learned | {"global_step": global_step, "world_size": world_size, "kl_coef": kl_coef}
             if stop_signal or (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
                 processes = dict(enumerate(gather(get_process_state(envs, rng, last_rows))))
                 if is_main:
@@ -522,15 +496,13 @@ def check_args(args, world_size=1, checkpoint=None):
     """Raise a ConfigError for the first setting that is out of range, or does not fit the others or the checkpoint."""
     rollout_size = args.num_envs * args.num_steps * world_size
     fewest_steps, fewest_in_all = 2 if args.num_envs > 1 else 4, 0 if checkpoint else rollout_size
-    most_minibatches = args.num_envs * (args.num_steps // 2) // 2  # half the rows of a rollout can be resets
+    most = args.num_envs * (args.num_steps // 2) // 2  # half the rows of a rollout can be resets
     rules = {
         "from 0 to 2147483647": (("seed",), lambda x: 0 <= x < 2**31),
         "at least 1": (("num_envs", "update_epochs", "checkpoint_interval"), lambda x: x >= 1),
         f"at least {fewest_steps} with so many environments": (("num_steps",), lambda x: x >= fewest_steps),
         f"at least one rollout, {rollout_size}": (("total_timesteps",), lambda x: x >= fewest_in_all),
-        f"from 1 to {most_minibatches}, so that each has two transitions": (
-            ("num_minibatches",), lambda x: 1 <= x <= most_minibatches,
-        ),
+        f"from 1 to {most}, so that each has two transitions": (("num_minibatches",), lambda x: 1 <= x <= most),
         "from -20 to 20": (("log_std_init",), lambda x: -20 <= x <= 20),
         "from 0 to 1": (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1),
         "at least 0 and finite": (("learning_rate", "vf_coef", "ent_coef", "kl_coef"), lambda x: 0 <= x < math.inf),
@@ -543,10 +515,9 @@ def check_args(args, world_size=1, checkpoint=None):
         for name in names:
             if not holds(getattr(args, name)):
                 raise ConfigError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(args, name)}")
-    may_change = "total_timesteps checkpoint_interval resume eval_episodes eval_deterministic capture_video track"
-    may_change += " wandb_project_name wandb_entity cuda"
+    may_change = ("total_timesteps", "checkpoint_", "resume", "eval_", "capture_video", "track", "wandb_", "cuda")
     for name, value in checkpoint["args"].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in may_change.split():
+        if getattr(args, name) != value and not name.startswith(may_change):
             raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
     if checkpoint and checkpoint["world_size"] != world_size and args.total_timesteps > 0:
         raise ConfigError(f"--resume needs as many processes as before, {checkpoint['world_size']}, not {world_size}")
@@ -610,13 +581,11 @@ def evaluate(agent, args, run_dir):
             actions = dist.mode if args.eval_deterministic else dist.sample()
         obs, _, _, _, infos = envs.step(actions.numpy(force=True))
         for i in np.flatnonzero(infos.get("_episode", False)):
-            if len(returns[i]) < quotas[i]:
-                returns[i].append(infos["episode"]["r"][i].item())
+            returns[i].append(infos["episode"]["r"][i].item())
     envs.close()
-    returns = np.concatenate(returns)
-    mean, std, nu, z = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else math.nan, num_episodes - 1, 1.96
-    t = {0: math.nan, 1: 12.706, 2: 4.303, 3: 3.182}.get(nu)  # Student's t, and from 4 on its expansion in 1 / nu
-    t = t or z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)
+    returns = np.concatenate([ours[:quota] for ours, quota in zip(returns, quotas)])
+    mean, std = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else math.nan
+    t = np.quantile(np.abs(np.random.default_rng(0).standard_t(max(num_episodes - 1, 1), 10**6)), 0.95)  # Student's
     low, high = mean - t * std / num_episodes**0.5, mean + t * std / num_episodes**0.5
     print(f"evaluation: return {mean:.1f}, std {std:.1f}, 95 % interval {low:.1f} to {high:.1f}")
     results = {"mean": mean, "std": std, "interval_95": [low, high], "returns": returns.tolist()}
@@ -626,10 +595,9 @@ def evaluate(agent, args, run_dir):
 
 
 def env_parts(env):
-    """An environment and all the wrappers and environments inside it but RecordVideo, outermost first."""
+    """An environment and all the wrappers and environments inside it, outermost first."""
     inside = [vars(env)["env"]] if "env" in vars(env) else vars(env).get("envs", [])
-    parts = [part for inner in inside for part in env_parts(inner)]
-    return parts if isinstance(env, RecordVideo) else [env, *parts]
+    return [env, *(part for inner in inside for part in env_parts(inner))]
 
 
 def get_process_state(envs, rng, rows):
@@ -723,22 +691,19 @@ class Run:
             raise ConfigError(f"{error.filename}: {error.strerror}; {remedy}") from error
         self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
         if args.track:
-            self.start_wandb(args, name)
+            resume = "allow" if self.wandb_id else None
+            about = {"name": name, "id": self.wandb_id, "resume": resume, "config": vars(args), "dir": self.dir}
+            try:
+                import wandb
+
+                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, **about)
+            except Exception as error:
+                if not checkpoint:
+                    os.remove(self.csv.name)  # leaves the folder to the next try
+                raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
+            self.wandb_id, self.wandb_video = self.wandb.id, wandb.Video
         self.start_time = time.perf_counter() - self.seconds
         self.bar = tqdm(total=total_timesteps, initial=self.global_step, desc=args.env_id, unit="step", unit_scale=True)
-
-    def start_wandb(self, args, name):
-        import wandb
-
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": self.wandb_id}
-        try:
-            resume = "allow" if self.wandb_id else None
-            self.wandb = wandb.init(**names, resume=resume, config=vars(args), dir=self.dir)
-        except wandb.Error as error:
-            if not args.resume:
-                (self.dir / "metrics.csv").unlink()  # leaves the folder to the next try
-            raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
-        self.wandb_id, self.wandb_video = self.wandb.id, wandb.Video
 
     def __enter__(self):
         self.handlers = {}
@@ -765,7 +730,7 @@ class Run:
             "episodic_length": mean_length,
         }
         self.write(metrics | update)
-        last_return = f"return {fmean(self.last_returns):.1f}" if self.last_returns else "no episode has ended"
+        last_return = f"return {np.mean(self.last_returns):.1f}" if self.last_returns else "no episode has ended"
         self.summary = f"{self.args.env_id}: {last_return}, {global_step} steps in {self.seconds:.1f} s{self.note}"
         self.bar.set_postfix_str(last_return, refresh=False)
         self.bar.update(global_step - self.global_step)
@@ -831,7 +796,7 @@ class Run:
             for process in processes:  # asked to close, one that hangs or has died might never answer
                 process.kill()
                 process.join()
-            self.envs.unwrapped.closed = True
+                self.envs.unwrapped.closed = True
         self.envs.close()
         if self.is_main:
             self.csv.close()
@@ -844,8 +809,8 @@ class Run:
             if is_stopped and (self.dir / "checkpoint.pt").exists() and not is_done:
                 is_parallel = torch.distributed.is_initialized()
                 command = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if is_parallel else "python"
-                path = shlex.quote(str(self.dir / "checkpoint.pt"))
-                print(f"go on: {command} {Path(__file__).name} --resume {path}")
+                rest = shlex.join((os.path.relpath(__file__), "--resume", f"{self.dir}/checkpoint.pt"))
+                print(f"go on: {command} {rest}")
         if is_stopped:
             sys.exit(128 + self.signal)
         if processes and isinstance(error, (EOFError, ConnectionError)):
@@ -860,11 +825,9 @@ if __name__ == "__main__":
         if args.resume:  # flags that are not given stay as they were
             args = tyro.cli(Args, default=Args(**{**load_checkpoint(args.resume)["args"], "resume": args.resume}))
         train(args)
-    except ConfigError as error:
+    except (ConfigError, FloatingPointError, RunError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (FloatingPointError, RunError) as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
