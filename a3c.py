@@ -571,7 +571,8 @@ def evaluate(agent, args, run_dir):
     envs.close()
     returns = np.concatenate([ours[:quota] for ours, quota in zip(returns, quotas)])
     mean, std = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else math.nan
-    t = np.quantile(np.abs(np.random.default_rng(0).standard_t(max(num_episodes - 1, 1), 10**6)), 0.95)  # Student's
+    samples = np.random.default_rng(0).standard_t(max(num_episodes - 1, 1), 10**6)  # of Student's t, for its quantile
+    t = np.quantile(np.abs(samples), 0.95)
     low, high = mean - t * std / num_episodes**0.5, mean + t * std / num_episodes**0.5
     print(f"evaluation: return {mean:.1f}, std {std:.1f}, 95 % interval {low:.1f} to {high:.1f}")
     results = {"mean": mean, "std": std, "interval_95": [low, high], "returns": returns.tolist()}

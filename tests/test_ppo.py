@@ -572,6 +572,13 @@ def test_the_ratio_is_1_before_the_first_gradient_step(run, action_space, normal
         assert max(column(rows, "clipfrac")) == 0
 
 
+def test_the_entropy_bonus_widens_the_policy_at_the_rate_of_adam(run):
+    flags = {"total_timesteps": 64, "update_epochs": 1, "num_minibatches": 1, "learning_rate": 0.01}
+    env_id = register(lambda: Clock(action_space=Box(-1, 1, (2,))))
+    agent, rows = run(env_id, **flags, anneal_lr=False, norm_adv=False, ent_coef=1e6)
+    assert_close(agent.log_std.detach(), torch.full((2,), 0.01 * len(rows)), rtol=0.05, atol=0)
+
+
 def test_box_actions_are_clipped_on_their_way_into_the_environment_and_nowhere_else(run, monkeypatch):
     taken, sampled, scored = [], [], []
     sample, log_prob = ppo.NumpyPolicy.sample, ppo.Independent.log_prob
