@@ -8,7 +8,7 @@
     python gae_check.py path/to/file.py:function    # yours: "correct", or the name of its mistake and the cure
     python gae_check.py --bias-variance             # measure what lambda trades, beside the exact figures
 
-Exit code 0: all is well; 1: a mistake was found; 2: the command makes no sense. Loading your file runs it.
+Exit code 0: all is well; 1: a mistake was found, or an error; 2: the command makes no sense. Loading your file runs it.
 
 Arrays are (T, N): T steps of N environments. An episode ends by termination (it has no future) or by truncation (it
 has one, out of sight); a done is either. Two layouts are in use. Under NEXT_STEP autoreset the row after a done is the
@@ -284,7 +284,10 @@ def plot(rows, path):
     axes.set(xlabel="lambda", ylabel="error of the lambda-return", ylim=(0, None))
     axes.set_title("lines: exact; points: sampled, with 95 % confidence intervals", fontsize="medium")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150, facecolor="white")
+    try:
+        figure.savefig(path, dpi=150, facecolor="white")
+    except (OSError, ValueError) as error:  # of the folder, or of the kind of file
+        raise UsageError(f"--plot {path}: {error}") from None
 
 
 def shift(array, by, fill):
@@ -369,7 +372,9 @@ MISTAKES = [
      [lambda x, options=(axis, ddof): {"finish": lambda advantages: normalised(advantages, *options)}
       for axis in (None, 0) for ddof in (0, 1)]),
     ("the sign is reversed", "an advantage is what came minus what was expected", [lambda x: {"finish": np.negative}]),
-    ("the advantages come out in reverse", "reverse what a backward loop appends", [lambda x: {"finish": np.flipud}]),
+    ("the advantages come out in reverse", "reverse what a backward loop appends",
+     [lambda x: {"finish": np.flipud},
+      lambda x: {"finish": lambda advantages: np.flipud(advantages + x.values[:-1]) - x.values[:-1]}]),
     ("the loop runs forward", "A_t needs A_{t+1}: loop over reversed(range(T))", [time_reversed]),
 ]  # fmt: skip
 
@@ -449,15 +454,19 @@ def readings(function, given):
         if role := given.get(name) or ROLE_OF.get(name.lower()) or ROLE_OF.get(core):
             roles[name] = role
         elif parameter.default is parameter.empty and "VAR" not in parameter.kind.name:
-            raise UsageError(f"what does its parameter {name} mean? --map {name}=ROLE; roles: {', '.join(ROLES)}")
+            raise UsageError(f"what does its parameter {name} mean? --map {name}=ROLE; roles: {', '.join(ROLES)}; "
+                             "if none fits, wrap it in a function of yours")
     for role in ("rewards", "values"):
-        if role not in roles.values():
+        if role not in roles.values() and "next_values" not in roles.values():
             raise UsageError(f"which of its parameters are the {role}? --map PARAMETER={role}: {', '.join(parameters)}")
     # CleanRL and Stable-Baselines3 store a done with the observation after it, and the last one apart.
     apart = {"last_done": "episode_starts", "episode_starts": "last_done"}
     for other in set(apart) & set(roles.values()):
         roles = {n: apart[other] if role == "dones" and n not in given else role for n, role in roles.items()}
-    choices = [[role] if name in given else [role, OR_ELSE.get(role, role)] for name, role in roles.items()]
+    if "gamma" in roles.values():  # beside it, a discount is 1 - done
+        roles = {n: "masks" if role == "discounts" and n not in given else role for n, role in roles.items()}
+    or_else = OR_ELSE if {"truncations", "bad_masks"} & set(roles.values()) else OR_ELSE | {"dones": "dones"}
+    choices = [[role] if name in given else [role, or_else.get(role, role)] for name, role in roles.items()]
     found = [choice for choice in dict.fromkeys(itertools.product(*choices)) if len(set(choice)) == len(choice)]
     if not found:
         raise UsageError(f"two of its parameters seem to mean the same, say --map for one: {roles}")
@@ -540,12 +549,15 @@ class Call:
             resets = x.resets[..., env].T if self.layout == "(N, T)" else x.resets[..., env]
             try:
                 result = self.function(**self.arguments(x, env))
-                is_pair = isinstance(result, (tuple, list)) and np.shape(result[0]) == resets.shape and len(result) == 2
-                columns.append([to_numpy(part) for part in (result if is_pair else [result])])
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 frames = traceback.extract_tb(error.__traceback__)
                 where = [f" in line {frame.lineno}" for frame in frames if frame.filename != main.__code__.co_filename]
                 raise Fault(f"it raises {type(error).__name__}{''.join(where[:1])}: {error}") from None
+            try:
+                is_pair = isinstance(result, (tuple, list)) and len(result) == 2 and np.shape(result[0]) == resets.shape
+                columns.append([to_numpy(part) for part in (result if is_pair else [result])])
+            except (TypeError, ValueError):
+                raise Fault(f"it returns a {type(result).__name__}, neither an array nor a pair of them") from None
             for part in columns[-1]:
                 if part.shape != resets.shape:
                     raise Fault(f"it returns the shape {part.shape} for rewards of the shape {resets.shape}")
@@ -566,6 +578,11 @@ class Call:
         """Whether output i is this estimate on every rollout."""
         return all(agree(x, estimate(x), outputs[i]) for x, outputs in zip(self.rollouts, self.outputs, strict=True))
 
+    def num_right(self, i, label):
+        """How many numbers of output i are, at their place, what this label says."""
+        pairs = ((x, RIGHT[label](x), outputs[i]) for x, outputs in zip(self.rollouts, self.outputs, strict=True))
+        return sum((np.isclose(expected, got, 1e-4, 1e-4) & ~x.resets).sum() for x, expected, got in pairs)
+
     def labels(self):
         """What each output rightly is, or None."""
         outputs = range(len(self.outputs[0]))
@@ -576,6 +593,8 @@ def to_numpy(data):
     """Floats from an array, a tensor, a number, or a list of those."""
     if isinstance(data, (list, tuple)):
         return np.array([to_numpy(row) for row in data])
+    if data is None:
+        raise TypeError("no number")
     return np.asarray(data.detach().cpu() if hasattr(data, "detach") else data, dtype=float)
 
 
@@ -586,29 +605,55 @@ def agree(x, expected, got):
 
 
 def calls_that_run(function, given, args, faults):
-    """For every reading of the parameters and every layout: the first way to call the function that works."""
+    """For every reading of the parameters and every layout: the first way to call the function that works.
+
+    Two ways are tried where a function can mean either: T + 1 values, or the T of an episode that terminates, if it
+    takes neither flags nor a bootstrap; T + 1 episode starts, or T, if it is not told the last done.
+    """
     plain, tensors = ("NumPy arrays", "lists"), ("tensors", "lists of tensors")
     uses_torch = "torch" in getattr(getattr(function, "__code__", None), "co_names", ())
-    ran = False
+    ran = []
     for containers in (tensors, plain) if uses_torch else (plain, tensors):
         for roles, layout in itertools.product(readings(function, given), ("(T, N)", "(T,)", "(N, T)")):
+            if any(roles[name] == "bootstrap" and before[name] == "next_values" for before in ran for name in roles):
+                continue  # what works on next values, as its name says, is judged on them
             has = set(roles.values())
-            long_values = (False, True) if has & {"bootstrap", "next_values"} else (True, False)
-            long_flags = (True, False) if "episode_starts" in has and "last_done" not in has else (False, True)
-            for form in itertools.product(long_values, long_flags, containers, (False, True), (False, True)):
-                call, rng = Call(function, roles, layout, *form), np.random.default_rng(args.seed)
-                try:
-                    for discounts, next_step in itertools.product(DISCOUNTS, (False, True)):
-                        call.rollouts.append(call.rollout(args, rng, rng.normal, next_step, *discounts))
-                        call.outputs.append(call(call.rollouts[-1]))
-                except Fault as fault:
-                    faults.append((str(fault), str(call)))
-                else:
-                    ran = True
-                    yield call
-                    break
+            has_flags, has_bootstrap = has & set().union(*FLAGS), has & {"bootstrap", "next_values"}
+            starts_only = "episode_starts" in has and "last_done" not in has
+            long_values = (False, True) if has_bootstrap else (True, False)
+            long_flags = (True, False) if starts_only else (False, True) if has_flags else (False,)
+            lengths = list(itertools.product(long_values, long_flags))
+            means_either = starts_only or not (has_flags or has_bootstrap)
+            for some in (lengths[:1], lengths[1:]) if means_either else (lengths,):
+                for length, *form in itertools.product(some, containers, (False, True), (False, True)):
+                    call, rng = Call(function, roles, layout, *length, *form), np.random.default_rng(args.seed)
+                    try:
+                        for discounts, next_step in itertools.product(DISCOUNTS, (False, True)):
+                            call.rollouts.append(call.rollout(args, rng, rng.normal, next_step, *discounts))
+                            call.outputs.append(call(call.rollouts[-1]))
+                    except Fault as fault:
+                        faults.append((str(fault), str(call)))
+                    else:
+                        ran.append(roles)
+                        yield call
+                        break
         if ran:
             break
+
+
+def mixes_environments(call):
+    """What the unexplained output rightly is as long as all environments do the same as any one of them, or None."""
+    i, twins = call.labels().index(None), []
+    for x in call.rollouts if call.layout != "(T,)" else ():
+        arrays, num_envs = {k: v for k, v in vars(x).items() if isinstance(v, np.ndarray)}, x.rewards.shape[1]
+        for env in range(num_envs):
+            twins.append(replace(x, **{k: np.repeat(v[:, [env]], num_envs, axis=1) for k, v in arrays.items()}))
+    with contextlib.suppress(Fault):
+        outputs = [call(x)[i] for x in twins]
+        for label in ("advantages", "lambda-returns") if twins else ():
+            if all(agree(x, RIGHT[label](x), output) for x, output in zip(twins, outputs, strict=True)):
+                return label
+    return None
 
 
 def blame(call, num_mistakes):
@@ -619,7 +664,11 @@ def blame(call, num_mistakes):
         names = [name for name, estimate in WRONG_RETURNS.items() if call.is_explained(i, estimate)]
         return (names[0], "returns = advantages + values", i, "lambda-returns") if names else None
     if None not in labels:
-        return f"{labels[0]} are returned for advantages", "subtract the values", 0, "advantages"
+        cure = "subtract the values" + ("; " + TRACE) * ("gae_lambda" in call.has and labels != ["lambda-returns"])
+        return f"{labels[0]} are returned for advantages", cure, 0, "advantages"
+    if num_mistakes == 1 and (right := mixes_environments(call)):
+        cure = "each environment has a sum of its own: nothing may reduce or join the axis N"
+        return "environments are mixed", cure, labels.index(None), right
     i, single = labels.index(None), [(name, cure, change) for name, cure, changes in MISTAKES for change in changes]
     # A function that cannot know V of the true successor may take the next row's, and err with that.
     knows_all = "next_values" in call.has and len(call.ends) == 2
@@ -630,6 +679,9 @@ def blame(call, num_mistakes):
         for right, estimate in (("advantages", wrong), ("lambda-returns", plus_values(wrong))):
             if len(set(names)) == num_mistakes and call.is_explained(i, estimate):
                 return " and ".join(names), "; ".join(dict.fromkeys(cures)), i, right
+    for name, estimate in WRONG_RETURNS.items() if num_mistakes == 1 else ():
+        if call.is_explained(i, estimate):
+            return name, "returns = advantages + values", i, "lambda-returns"
     return None
 
 
@@ -664,8 +716,11 @@ def remarks(call, args):
         "integer rewards": replace(x, rewards=np.rint(4.0 * x.rewards).astype(int)),
         "a step both terminated and truncated": replace(x, truncations=x.dones) if len(call.ends) == 2 else x,
         "NaN as V(s_{t+1}) of a terminated step": replace(x, next_values=nan, values=with_last(x.values, nan[-1])),
+        "a rollout of one step": call.rollout(args, rng, rng.normal, False, num_steps=1),
+        "one environment": call.rollout(args, rng, rng.normal, False, num_envs=1),
     }
     fails = list(hard)
+    names = [name for name, role in call.roles.items() if role == "terminations"]
     for name, x in hard.items():
         with contextlib.suppress(Fault):
             if agree(x, RIGHT[labels[0]](x), call(x)[0]):
@@ -675,14 +730,23 @@ def remarks(call, args):
         ("its one flag cannot tell truncation from termination: add gamma V(s_{t+1}) to the reward of a truncated step "
          "before the call, or let it take both flags", call.ends == ["terminated"]),
         ("its one flag cannot tell termination from truncation: it knows no termination", call.ends == ["truncated"]),
+        ("beside truncations, its done flag must be the terminations alone", "dones" in map(ROLE_OF.get, names)),
         ("without a done flag it is right within one episode, V(s_T) being 0 if that terminated", not call.ends),
         ("without V(s_T) it is right for an episode that terminates, and for no other", call.last == "terminated"),
         ("V(s_{t+1}) from the next row of values is right under NEXT_STEP autoreset; under SAME_STEP, a truncated step "
          "needs next_values", call.ends != call.same_step_ends),
-        (f"it takes no gamma: {args.gamma} is expected inside (--gamma)", not call.has & {"gamma", "discounts"}),
-        (f"it takes no lambda: {args.gae_lambda} is expected inside (--gae-lambda)", "gae_lambda" not in call.has),
+        ("not told whether the last step ended an episode, it is right if that did not", call.last == "running"),
         (f"it writes to its input {', '.join(written)}", written),
         (f"it goes wrong with {'; '.join(fails)}", fails),
+    ]  # fmt: skip
+    return assumptions(call, args) + [note for note, holds in notes if holds]
+
+
+def assumptions(call, args):
+    """What is taken for granted of a function, right or wrong, because its parameters do not say."""
+    notes = [
+        (f"it takes no gamma: {args.gamma} is expected inside (--gamma)", not call.has & {"gamma", "discounts"}),
+        (f"it takes no lambda: {args.gae_lambda} is expected inside (--gae-lambda)", "gae_lambda" not in call.has),
     ]  # fmt: skip
     return [note for note, holds in notes if holds]
 
@@ -696,25 +760,32 @@ def judge(function, name, given, args):
         labels = call.labels()
         only_returns = labels == ["lambda-returns"] and "adv" not in name.rpartition(":")[2].lower()
         if only_returns or ("advantages" in labels and None not in labels and len(set(labels)) == len(labels)):
-            silent = [f"on {other.layout} it is wrong without an error" for other in wrong if other.roles == call.roles]
-            return report | {"called_with": str(call), "notes": remarks(call, args) + silent}
+            others = [other for other in wrong if other.roles == call.roles and other.layout != call.layout]
+            wrong = [other for other in others if None in other.labels() and mixes_environments(other)]
+            if not wrong:
+                silent = [f"on {other.layout} it is wrong without an error" for other in others]
+                return report | {"called_with": str(call), "notes": silent + remarks(call, args)}
+            break
         wrong.append(call)
     if not wrong:
-        return report | {"verdict": "error", "mistake": faults[0][0], "called_with": faults[0][1]}
+        mistake, called_with = min(faults, key=lambda fault: fault[0].startswith("it raises"))  # of those, the first
+        return report | {"verdict": "error", "mistake": mistake, "called_with": called_with}
     for num_mistakes, call in itertools.product((1, 2), wrong):
         if blamed := blame(call, num_mistakes):
             mistake, cure, i, right = blamed
             break
     else:
         call, labels = wrong[0], wrong[0].labels()
-        right = "lambda-returns" if "advantages" in labels else "advantages"
-        mistake, cure, i = f"no formula known here gives its {right.split('-')[-1]}", None, labels.index(None)
+        i, possible = labels.index(None), [label for label in ("advantages", "lambda-returns") if label not in labels]
+        right = max(possible, key=functools.partial(call.num_right, i))
+        mistake, cure = f"no formula known here gives its {right.split('-')[-1]}", None
     x, expected, got = smallest(call, i, right, args)
     t, env = np.argwhere(~np.isclose(got, expected, 1e-4, 1e-4) & ~x.resets)[0].tolist()
     rollout = vars(x) | {"expected": expected, "got": got}
     return report | {
         "verdict": "mistake" if cure else "unknown mistake", "mistake": mistake, "cure": cure, "t": t, "env": env,
         "expected": float(expected[t, env]), "got": float(got[t, env]), "called_with": str(call),
+        "notes": assumptions(call, args),
         "rollout": {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in rollout.items()},
     }  # fmt: skip
 
@@ -805,6 +876,8 @@ def main(argv=None):
         lonely = (args.map and not args.function) or (args.plot and not args.bias_variance)
         if lonely or (args.function and args.bias_variance):
             raise UsageError("--map goes with a function, --plot with --bias-variance, and those two not together")
+        if args.seed < 0:
+            raise UsageError(f"--seed must be at least 0, not {args.seed}")
         check = check_function if args.function else check_bias_variance if args.bias_variance else check_scripts
         right, report, text = check(args)
     except UsageError as error:

@@ -658,7 +658,8 @@ def test_done_may_mean_terminated_beside_truncated():
     def gae(rewards, values, next_values, done, truncated, gamma, lam):
         return loop_gae(rewards, values, next_values, flag(done), flag(done) | flag(truncated), gamma, lam)
 
-    assert verdict(gae)["verdict"] == "correct"
+    report = verdict(gae)
+    assert report["verdict"] == "correct" and "must be the terminations alone" in " ".join(report["notes"])
 
 
 def test_next_value_may_have_a_row_for_every_step():
@@ -701,10 +702,101 @@ def test_environments_first():
 
 def test_right_for_one_environment_only():
     def gae(rewards, values, last_value, dones, gamma, lam):
-        return textbook(rewards, values, last_value, dones, gamma, lam) + 0.1 * np.std(np.atleast_1d(rewards[0]))
+        """Episode by episode, as Spinning Up does: of (T, N), it takes the indices of the flat array for times."""
+        deltas = rewards + gamma * next_row(values, last_value) * (1 - dones) - values
+        parts = np.split(deltas, np.flatnonzero(dones) + 1)
+        return np.concatenate([recursion(part, np.full_like(part, gamma * lam)) for part in parts if len(part)])
 
     report = verdict(gae)
-    assert report["verdict"] == "correct" and "on (T, N) it is wrong without an error" in report["notes"]
+    assert report["verdict"] == "correct" and report["notes"][0] == "on (T, N) it is wrong without an error"
+
+
+@pytest.mark.parametrize("numbers", ["advantages", "lambda-returns"])
+def test_environments_that_are_mixed(numbers):
+    """Right for one environment, as one has nothing to be mixed with."""
+
+    def any_done(rewards, values, last_value, dones, gamma, lam):
+        deltas = rewards + gamma * next_row(values, last_value) * (1 - dones) - values
+        goes_on = np.array([0.0 if np.any(row) else 1.0 for row in dones])
+        advantages = recursion(deltas, gamma * lam * goes_on.reshape(-1, *[1] * (rewards.ndim - 1)))
+        return advantages + values * (numbers == "lambda-returns")
+
+    report = verdict(any_done)
+    assert (report["verdict"], report["mistake"]) == ("mistake", "environments are mixed")
+    x = report["rollout"]
+    assert np.shape(x["rewards"])[1] == 2 and report["expected"] == x["expected"][report["t"]][report["env"]]
+
+
+def test_next_values_are_no_bootstrap_where_they_work():
+    def next_row_at_a_truncation(rewards, values, next_values, terminated, truncated, gamma, lam):
+        last = next_values[-1] if np.ndim(next_values) == np.ndim(rewards) else next_values
+        dones = flag(terminated) | flag(truncated)
+        return loop_gae(rewards, values, next_row(values, last), flag(terminated), dones, gamma, lam)
+
+    assert verdict(next_row_at_a_truncation)["mistake"] == "bootstraps from the next episode's first state"
+
+
+def test_what_t_rows_and_t_plus_1_rows_can_both_mean():
+    def one_episode(rewards, values, gamma, lam):
+        advantages, advantage = np.zeros_like(rewards), 0.0
+        for t in reversed(range(len(rewards))):
+            next_value = values[t + 1] if t < len(rewards) - 1 else 0.0
+            advantages[t] = advantage = rewards[t] + gamma * next_value - values[t] + gamma * lam * advantage
+        return advantages
+
+    def starts(rewards, values, episode_starts, next_value, gamma, lam):
+        goes_on = np.ones_like(rewards)
+        goes_on[:-1] = 1.0 - np.asarray(episode_starts)[1 : len(rewards)]
+        return recursion(rewards + gamma * next_row(values, next_value) * goes_on - values, gamma * lam * goes_on)
+
+    assert "terminates, and for no other" in " ".join(verdict(one_episode)["notes"])
+    report = verdict(starts)
+    assert report["verdict"] == "correct" and "not told whether the last step" in " ".join(report["notes"])
+
+
+def test_discounts_beside_gamma_are_masks():
+    def gae(rewards, discounts, values, gamma, lam):
+        deltas = rewards + gamma * discounts * values[1:] - values[:-1]
+        return recursion(deltas, gamma * discounts * lam)
+
+    assert verdict(gae)["verdict"] == "correct"
+
+
+def test_lambda_returns_need_no_values():
+    def lambda_returns(rewards, next_values, terminated, truncated, gamma, lam):
+        returns, future = np.zeros_like(rewards), next_values[-1]
+        for t in reversed(range(len(rewards))):
+            future = np.where(flag(truncated)[t], next_values[t], (1 - lam) * next_values[t] + lam * future)
+            returns[t] = future = rewards[t] + gamma * np.where(flag(terminated)[t], 0.0, future)
+        return returns
+
+    report = verdict(lambda_returns)
+    assert report["verdict"] == "correct" and "it returns lambda-returns" in report["notes"]
+
+
+def test_wrong_returns_are_compared_with_returns():
+    def next_row_added(rewards, values, last_value, dones, gamma, lam):
+        return textbook(rewards, values, last_value, dones, gamma, lam) + next_row(values, last_value)
+
+    def in_reverse(rewards, values, last_value, dones, gamma, lam):
+        return (textbook(rewards, values, last_value, dones, gamma, lam) + values)[::-1]
+
+    def no_gamma_in_the_trace_squared(rewards, values, last_value, dones, gamma, lam):
+        deltas = rewards + gamma * next_row(values, last_value) * (1 - dones) - values
+        return recursion(deltas, gamma * lam**2 * (1 - dones)) + values
+
+    assert verdict(next_row_added)["mistake"] == "the returns are advantages + the next row of values"
+    assert verdict(in_reverse)["mistake"] == "the advantages come out in reverse"
+    report = verdict(no_gamma_in_the_trace_squared)
+    assert report["verdict"] == "unknown mistake" and "its returns" in report["mistake"]
+
+
+def test_monte_carlo_returns_in_spite_of_a_lambda():
+    def returns(rewards, values, last_value, dones, gamma, lam):
+        deltas = rewards + gamma * next_row(values, last_value) * (1 - dones) - values
+        return recursion(deltas, gamma * (1 - dones)) + values
+
+    assert verdict(returns)["cure"] == "subtract the values; A_{t+1} is multiplied by gamma lambda (1 - done)"
 
 
 def test_fixed_discounts_are_asked_for():
@@ -712,7 +804,9 @@ def test_fixed_discounts_are_asked_for():
         return textbook(rewards, values, next_value, dones, 0.9, 0.8)
 
     assert verdict(gae, gamma=0.9, gae_lambda=0.8)["verdict"] == "correct"
-    assert verdict(gae)["verdict"] != "correct"
+    report = verdict(gae)
+    assert report["verdict"] != "correct"
+    assert "(--gamma)" in report["notes"][0] and "(--gae-lambda)" in report["notes"][1]
 
 
 def test_notes_on_what_it_does_not_stand():
@@ -762,7 +856,7 @@ def test_a_mistake_between_environments_needs_two_of_them():
         return advantages + 1e-2 * (rewards[:, :1] - rewards)
 
     report = verdict(mixing)
-    assert report["verdict"] == "unknown mistake" and report["env"] == 1
+    assert report["mistake"] == "environments are mixed" and report["env"] == 1
     assert np.shape(report["rollout"]["rewards"]) == (1, 2)
 
 
@@ -792,8 +886,10 @@ def test_unknown_returns():
         (lambda rewards, **_: rewards / undefined, "NameError"),  # noqa: F821
         (lambda rewards, **_: rewards[:-1], "returns the shape (8, 3) for rewards of the shape (9, 3)"),
         (lambda rewards, **_: rewards.sum(), "returns the shape ()"),
-        (lambda rewards, **_: None, "returns the shape ()"),
-        (lambda rewards, **_: "text", "ValueError"),
+        (lambda rewards, **_: None, "returns a NoneType"),
+        (lambda rewards, **_: "text", "returns a str"),
+        (lambda rewards, **_: {"advantages": rewards}, "returns a dict"),
+        (lambda rewards, **_: sys.exit(), "raises SystemExit"),
         (lambda rewards, **_: rewards * np.nan, "not finite"),
     ],
 )
@@ -955,6 +1051,8 @@ def test_cli_map(alone):
         (["--map", "lam=gae_lambda"], "--map goes with a function"),
         (["--plot", "x.png"], "--plot with --bias-variance"),
         (["good.py:gae", "--bias-variance"], "not together"),
+        (["good.py:gae", "--seed", "-1"], "--seed must be at least 0"),
+        (["--bias-variance", "--plot", "absent/x.png"], "--plot absent/x.png: "),
     ],
 )
 def test_cli_usage_errors(alone, arguments, message):

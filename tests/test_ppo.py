@@ -1447,6 +1447,17 @@ def test_actor_and_critic_share_one_network_for_images_and_nothing_for_vectors()
         assert bool(used_by_actor & used_by_critic) == is_shared
 
 
+@pytest.mark.parametrize("space", [CHW, HWC], ids=str)
+def test_a_rollout_of_images_has_the_features_of_each_image_alone(space):
+    agent = make_agent(space)
+    obs = torch.as_tensor(sample(space, 2 * 301)).reshape(301, 2, *space.shape)  # no multiple of what is done at once
+    with torch.no_grad():
+        together, values = agent.encode(obs), agent.get_value(obs)
+        alone = torch.stack([agent.encode(image) for image in obs.flatten(0, 1)])
+    np.testing.assert_allclose(together, alone.reshape(301, 2, -1), rtol=1e-4, atol=1e-5)
+    assert values.shape == (301, 2)
+
+
 @pytest.mark.parametrize("space", [CHW, RAM], ids=str)
 def test_bytes_are_brought_to_the_unit_interval(space):
     agent, obs = make_agent(space), sample(space, 2)
