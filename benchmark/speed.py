@@ -12,6 +12,7 @@ Stable-Baselines3 has no A3C: there, two workers are compared with one.
 
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 CHEETAH = "ppo.py --env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --num-minibatches 32 --update-epochs 10"
 CHEETAH += " --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95"
+PONG = "ppo.py --env-id ALE/Pong-v5 --num-envs 8 --num-steps 128 --num-minibatches 4 --update-epochs 4 --clip-reward 1"
 CARTPOLE = "ppo.py --num-steps 128 --num-minibatches 4 --update-epochs 4"
 SB3_CARTPOLE = ("PPO", "CartPole-v1", 4, 20_480, {"n_steps": 128, "batch_size": 128, "n_epochs": 4})
 
@@ -35,6 +37,8 @@ SPEED_ROWS = (
     ("PPO CartPole-v1, 64 x 128; SB3 4 x 128", f"{CARTPOLE} --num-envs 64 --total-timesteps 409600", SB3_CARTPOLE),
     ("PPO HalfCheetah-v5, paper's settings", f"{CHEETAH} --total-timesteps 12288",
      ("PPO", "HalfCheetah-v5", 1, 8192, {"n_steps": 2048, "batch_size": 64, "n_epochs": 10})),
+    ("PPO Pong-v5, 8 x 128", f"{PONG} --total-timesteps 6144",
+     ("PPO", "ALE/Pong-v5", 8, 4096, {"n_steps": 128, "batch_size": 256, "n_epochs": 4})),
     ("A2C CartPole-v1, 16 x 5", "a2c.py --num-envs 16 --num-steps 5 --total-timesteps 160000",
      ("A2C", "CartPole-v1", 16, 80_000, {"n_steps": 5})),
     ("A3C CartPole-v1, 2 workers; 1 worker", "a3c.py --num-workers 2 --total-timesteps 120000",
@@ -57,7 +61,8 @@ SOLVE_ROWS = (
 SB3 = """
 import json, sys, time, stable_baselines3, torch
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+from stable_baselines3.common.vec_env import VecFrameStack
 torch.set_num_threads(1)
 algorithm, env_id, num_envs, total, settings, seed = json.loads(sys.argv[1])
 for name in ("learning_rate", "clip_range"):
@@ -67,8 +72,12 @@ class StopWhenSolved(BaseCallback):
     def _on_step(self):
         episodes = self.model.ep_info_buffer
         return len(episodes) < 100 or sum(episode["r"] for episode in episodes) < 475 * len(episodes)
-envs = make_vec_env(env_id, num_envs, seed=1000 * (seed or 1))
-model = getattr(stable_baselines3, algorithm)("MlpPolicy", envs, seed=seed, device="cpu", **settings)
+if env_id.startswith("ALE/"):
+    import ale_py
+    policy, envs = "CnnPolicy", VecFrameStack(make_atari_env(env_id, num_envs, env_kwargs={"frameskip": 1}), 4)
+else:
+    policy, envs = "MlpPolicy", make_vec_env(env_id, num_envs, seed=1000 * (seed or 1))
+model = getattr(stable_baselines3, algorithm)(policy, envs, seed=seed, device="cpu", **settings)
 if seed is None:
     model.learn(num_envs * model.n_steps)
     start = time.perf_counter()
@@ -83,8 +92,8 @@ else:
 
 def run(*command):
     """Run Python with `command`, and return what it printed and the seconds that it took."""
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    start, one_thread = time.perf_counter(), os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=one_thread)
     if done.returncode:
         sys.exit(done.stderr)
     return done.stdout.strip(), time.perf_counter() - start
