@@ -324,6 +324,7 @@ def normalised(advantages, axis=None, ddof=0):
 
 DELTA, TRACE = "delta_t = r_t + gamma V(s_{t+1}) - V(s_t)", "A_{t+1} is multiplied by gamma lambda (1 - done)"
 FLAG, REWARD = "step t takes the done flag that it returned itself", "step t takes the reward that it returned itself"
+NO_MASK = "the ends of episodes are ignored"  # two mistakes in one, and so no half of a pair
 # Name, cure, and changes of the inputs, each of which makes compute_gae return what an implementation with the mistake
 # does: "trace" is the factor gamma lambda, apart from the gamma in delta, and "finish" is done to the output. Where
 # several mistakes give the same numbers, the first is named.
@@ -342,6 +343,9 @@ MISTAKES = [
      [lambda x: {"terminations": x.dones & False}]),
     ("the sum is not cut at the end of an episode", TRACE, [lambda x: {"dones": x.dones & False}]),
     ("the sum is not cut at a truncation", TRACE + "; truncated is done, too", [lambda x: {"dones": x.terminations}]),
+    (NO_MASK, "V(s_{t+1}) counts as 0 after a termination, and " + TRACE,
+     [lambda x: {"terminations": x.dones & False, "dones": x.dones & False},
+      lambda x: {"terminations": x.dones & False, "dones": x.dones & False, "next_values": x.values[1:]}]),
     ("done flag one step early", FLAG + ", not that of step t + 1",
      shifted(+1, "terminations", "dones") + shifted(+1, "dones") + shifted(+1, "terminations")),
     ("done flag one step late", FLAG + ", not that of step t - 1",
@@ -669,7 +673,8 @@ def blame(call, num_mistakes):
     if num_mistakes == 1 and (right := mixes_environments(call)):
         cure = "each environment has a sum of its own: nothing may reduce or join the axis N"
         return "environments are mixed", cure, labels.index(None), right
-    i, single = labels.index(None), [(name, cure, change) for name, cure, changes in MISTAKES for change in changes]
+    i, known = labels.index(None), [entry for entry in MISTAKES if entry[0] != NO_MASK or num_mistakes == 1]
+    single = [(name, cure, change) for name, cure, changes in known for change in changes]
     # A function that cannot know V of the true successor may take the next row's, and err with that.
     knows_all = "next_values" in call.has and len(call.ends) == 2
     views = [[]] if knows_all else [[], [lambda x: {"next_values": x.values[1:]}]]

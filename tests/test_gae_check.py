@@ -183,6 +183,8 @@ def loop_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambd
             done = done & False
         elif bug == "not cut at truncation":
             done = termination
+        elif bug == "ignored":
+            termination, done = termination & False, done & False
         elif bug == "early":
             termination, done = (f[t + 1] if t + 1 < num_steps else f[t] for f in (terminations, dones))
         elif bug == "late":
@@ -233,6 +235,7 @@ NAMES = {
     "past termination": "bootstraps past a termination",
     "not cut": "the sum is not cut at the end of an episode",
     "not cut at truncation": "the sum is not cut at a truncation",
+    "ignored": "the ends of episodes are ignored",
     "early": "done flag one step early",
     "late": "done flag one step late",
     "inverted": "done flag inverted",
@@ -421,6 +424,18 @@ def test_bootstrapping_from_the_next_episode_with_one_flag():
 
     for function in (bootstrapped, with_starts, long_values):
         assert verdict(function)["mistake"] == "bootstraps from the next episode's first state"
+
+
+def test_no_mask_at_all():
+    def next_row_for_all(rewards, values, next_value, dones, gamma, lam):
+        deltas = rewards + gamma * next_row(values, next_value) - values
+        return recursion(deltas, np.full_like(deltas, gamma * lam))
+
+    def though_it_knows_all(rewards, values, next_values, terminated, truncated, gamma, lam):
+        return next_row_for_all(rewards, values, next_values[-1], truncated, gamma, lam)
+
+    for function in (next_row_for_all, though_it_knows_all):
+        assert verdict(function)["mistake"] == "the ends of episodes are ignored"
 
 
 def test_two_mistakes_at_once():
