@@ -460,8 +460,8 @@ def readings(function, given):
         elif parameter.default is parameter.empty and "VAR" not in parameter.kind.name:
             raise UsageError(f"what does its parameter {name} mean? --map {name}=ROLE; roles: {', '.join(ROLES)}; "
                              "if none fits, wrap it in a function of yours")
-    for role in ("rewards", "values"):
-        if role not in roles.values() and "next_values" not in roles.values():
+    for role in ("rewards",) if "next_values" in roles.values() else ("rewards", "values"):  # lambda-returns need none
+        if role not in roles.values():
             raise UsageError(f"which of its parameters are the {role}? --map PARAMETER={role}: {', '.join(parameters)}")
     # CleanRL and Stable-Baselines3 store a done with the observation after it, and the last one apart.
     apart = {"last_done": "episode_starts", "episode_starts": "last_done"}

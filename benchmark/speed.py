@@ -1,7 +1,7 @@
 """Steps per second, and time to solve CartPole-v1, of our scripts and of Stable-Baselines3, side by side.
 
     pip install -r benchmark/requirements.txt
-    python benchmark/speed.py                 # every row, 5 runs or 10 seeds each: about 25 minutes on 2 cores
+    python benchmark/speed.py                 # every row, 5 runs or 10 seeds each: about half an hour on 2 cores
     python benchmark/speed.py --repeats 1 --seeds 0     # a first look
 
 The two take turns, each in a process and with one thread of its own, so that whatever else the machine is doing hits

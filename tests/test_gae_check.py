@@ -806,6 +806,36 @@ def test_wrong_returns_are_compared_with_returns():
     assert report["verdict"] == "unknown mistake" and "its returns" in report["mistake"]
 
 
+def test_a_result_that_is_squeezed_is_noted():
+    def squeezed(rewards, values, last_value, dones, gamma, lam):
+        return textbook(rewards, values, last_value, dones, gamma, lam).squeeze()
+
+    assert "goes wrong with a rollout of one step; one environment" in " ".join(verdict(squeezed)["notes"])
+
+
+def test_what_is_returned_comes_before_what_is_raised_for_other_containers():
+    def as_dict(rewards, values, last_value, dones, gamma, lam):
+        return {"advantages": rewards.detach()}  # an array has no detach
+
+    assert "returns a dict" in verdict(as_dict)["mistake"]
+
+
+def test_two_parameters_of_one_meaning_are_asked_for():
+    def baselines(mb_rewards, mb_values, mb_dones, last_values, dones, gamma, lam):
+        raise AssertionError("is not called")
+
+    with pytest.raises(gae_check.UsageError, match="seem to mean the same"):
+        verdict(baselines)
+
+
+def test_rewards_are_asked_for_even_beside_next_values():
+    def gae(values, next_values, dones, gamma, lam):
+        raise AssertionError("is not called")
+
+    with pytest.raises(gae_check.UsageError, match="are the rewards"):
+        verdict(gae)
+
+
 def test_monte_carlo_returns_in_spite_of_a_lambda():
     def returns(rewards, values, last_value, dones, gamma, lam):
         deltas = rewards + gamma * next_row(values, last_value) * (1 - dones) - values
