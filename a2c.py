@@ -52,7 +52,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
-    seed: int = 1  # seed of the environments, the initial weights, the actions and the minibatches
+    seed: int = 1  # seed of the environments, the initial weights and the actions
     total_timesteps: int = 200_000  # steps of all environments together, rounded down to whole rollouts
     num_envs: int = 16  # N, environments that step together
     num_steps: int = 8  # T, steps of each environment in a rollout
@@ -113,11 +113,12 @@ def make_envs(args):
             import moviepy  # noqa: F401  which RecordVideo needs, but asks for only when an episode ends
 
             envs.reset()
-            envs.render()
+            envs.render()[0].copy()  # fails here, rather than in training, if it is no image
     except Exception as error:
         flag = f"--env-id {args.env_id}" + " --capture-video" * args.capture_video
         hint = " (pip install ale-py)" if is_atari and isinstance(error, ImportError) else ""
-        raise ConfigError(f"{flag}: {' '.join(str(error).split())}{hint}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{flag}: {reason}{hint}") from error
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     autoreset_mode = envs.metadata.get("autoreset_mode")
     if not isinstance(obs_space, Box):
@@ -182,11 +183,13 @@ class Agent(nn.Module):
         super().__init__()
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
         is_box, num_outputs = isinstance(action_space, Box), gym.spaces.flatdim(action_space)
-        self.log_std = nn.Parameter(torch.full(action_space.shape, log_std_init)) if is_box else None
+        self.log_std = nn.Parameter(torch.full(action_space.shape, float(log_std_init))) if is_box else None
         self.obs_shape, self.is_uint8 = obs_space.shape, obs_space.dtype == np.uint8
         self.obs_statistics = RunningStatistics(self.obs_shape) if normalize_obs else None
         self.return_statistics = RunningStatistics(()) if normalize_reward else None
-        self.is_image = self.is_uint8 and len(self.obs_shape) == 3 and sorted(self.obs_shape)[1] >= 36  # for the CNN
+        self.obs_max = int(obs_space.high.max(initial=1)) if self.is_uint8 else None  # 255 of images
+        is_3d = len(self.obs_shape) == 3  # the CNN takes (C, H, W) and (H, W, C), with H and W of at least 36
+        self.is_image = self.is_uint8 and is_3d and self.obs_shape[1] >= sorted(self.obs_shape)[1] >= 36
         if self.is_image:
             channels, height, width = sorted(self.obs_shape)  # which side is the height makes no difference here
             self.encoder = nn.Sequential(
@@ -210,7 +213,7 @@ class Agent(nn.Module):
         if self.obs_statistics is not None:
             obs = ((obs - self.obs_statistics.mean) / (self.obs_statistics.var + 1e-8).sqrt()).clamp(-10, 10)
         elif self.is_uint8:
-            obs = obs / 255
+            obs = obs / self.obs_max
         obs = obs.float()
         if not self.is_image:
             return obs.reshape(*obs.shape[: obs.ndim - len(self.obs_shape)], -1)
@@ -262,7 +265,7 @@ class NumpyPolicy:
             if self.agent.obs_statistics is not None:
                 obs = ((obs - self.obs_mean) / self.obs_std).clip(-10, 10)
             elif self.agent.is_uint8:
-                obs = obs / 255
+                obs = obs / self.agent.obs_max
             w1, b1, w2, b2, w3, b3 = self.weights
             hidden = np.tanh(obs.astype(np.float32).reshape(len(obs), -1) @ w1 + b1)
             outputs = np.tanh(hidden @ w2 + b2) @ w3 + b3
@@ -307,8 +310,8 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 def train(args):
     """Train an Agent as `args` say, write its log and checkpoints to a run folder, and return the agent.
 
-    Raises a ConfigError before it begins, a FloatingPointError as soon as something is not finite, and a SystemExit
-    after the iteration in which Ctrl-C or SIGTERM has come.
+    Raises a ConfigError before it begins, a FloatingPointError as soon as something is not finite, a RunError if the
+    disk is full, and a SystemExit after the iteration in which Ctrl-C or SIGTERM has come.
     """
     rank, world_size = 0, 1
     if torch.distributed.is_initialized():
@@ -461,7 +464,7 @@ def check_args(args, world_size=1, checkpoint=None):
         "above 0": (("clip_reward",), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),
         "at least 0": (("eval_episodes",), lambda x: x >= 0),
-        "left out where PyTorch finds no GPU": (("cuda",), lambda x: not x or torch.cuda.is_available()),
+        "off (--no-cuda) where PyTorch finds no GPU": (("cuda",), lambda x: not x or torch.cuda.is_available()),
     }  # fmt: skip
     for rule, (names, holds) in rules.items():
         for name in names:
@@ -527,11 +530,14 @@ def evaluate(agent, args, run_dir):
     returns, quotas = [[] for _ in range(N)], [num_episodes // N + (i < num_episodes % N) for i in range(N)]
     torch.manual_seed(args.seed)
     obs, _ = envs.reset(seed=int(np.random.default_rng((args.seed, 2)).integers(2**31 - N)))  # none of training's
+    step = 0
     while any(len(ours) < quota for ours, quota in zip(returns, quotas)):
         with torch.no_grad():
-            dist = agent.get_dist(torch.as_tensor(obs, device=next(agent.parameters()).device))
+            dist = agent.get_dist(torch.as_tensor(obs, dtype=torch.float32, device=next(agent.parameters()).device))
             actions = dist.mode if args.eval_deterministic else dist.sample()
-        obs, _, _, _, infos = envs.step(actions.numpy(force=True))
+        obs, rewards, _, _, infos = envs.step(actions.numpy(force=True))
+        step += N
+        check_finite(step, evaluation_observation=obs, evaluation_reward=rewards)
         for i in np.flatnonzero(infos.get("_episode", False)):
             returns[i].append(infos["episode"]["r"][i].item())
     envs.close()
@@ -544,7 +550,10 @@ def evaluate(agent, args, run_dir):
     results = {"mean": mean, "std": std, "interval_95": [low, high], "returns": returns.tolist()}
     if num_episodes == 1:
         results |= {"std": None, "interval_95": None}  # JSON has no NaN
-    (run_dir / "eval.json").write_text(json.dumps(results, indent=2))
+    try:
+        (run_dir / "eval.json").write_text(json.dumps(results, indent=2))
+    except OSError as error:
+        raise RunError(f"{run_dir}/eval.json: {error.strerror}") from error
 
 
 def env_parts(env):
@@ -634,6 +643,7 @@ class Run:
             if args.capture_video:
                 prefix = f"training-from-{self.global_step}"
                 self.envs = RecordVideo(envs, f"{self.dir}/videos", record_first_only=True, name_prefix=prefix)
+                self.envs.has_autoreset = True  # the first step it sees begins an episode: the reset was before it
             self.csv = open(self.dir / "metrics.csv", "r+b" if checkpoint else "xb", buffering=0)
             if self.csv.seek(0, os.SEEK_END) < csv_size:
                 raise ConfigError(f"{self.csv.name} is shorter than it was when {args.resume} was written")
@@ -641,7 +651,7 @@ class Run:
             (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         except OSError as error:
             remedy = "a checkpoint needs its run folder" if checkpoint else "choose a new, writable --run-dir"
-            raise ConfigError(f"{error.filename}: {error.strerror}; {remedy}") from error
+            raise ConfigError(f"{error.filename or self.dir}: {error.strerror}; {remedy}") from error
         self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
         if args.track:
             resume = "allow" if self.wandb_id else None
@@ -653,7 +663,7 @@ class Run:
             except Exception as error:
                 if not checkpoint:
                     os.remove(self.csv.name)  # leaves the folder to the next try
-                raise ConfigError(f"--track: {error} Or set WANDB_MODE=offline.") from error
+                raise ConfigError(f"--track: {' '.join(str(error).split())} Or set WANDB_MODE=offline.") from error
             self.wandb_id, self.wandb_video = self.wandb.id, wandb.Video
         self.start_time = time.perf_counter() - self.seconds
         self.bar = tqdm(total=total_timesteps, initial=self.global_step, desc=args.env_id, unit="step", unit_scale=True)

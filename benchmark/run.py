@@ -77,7 +77,8 @@ def train(name, command, seed):
         return
     with tempfile.TemporaryDirectory(dir=HERE) as temporary:
         run_dir, start = Path(temporary, "run"), time.perf_counter()
-        words = [sys.executable, HERE.parent / command[0], *command[1:], "--seed", str(seed), "--run-dir", run_dir]
+        command = [HERE.parent / word if word.endswith(".py") else word for word in command]
+        words = [sys.executable, *command, "--seed", str(seed), "--run-dir", run_dir]
         out, error = Path(temporary, "out"), Path(temporary, "error")
         with open(out, "w") as out_file, open(error, "w") as error_file:
             process = subprocess.Popen(words, stdout=out_file, stderr=error_file, cwd=temporary)

@@ -1386,15 +1386,22 @@ def sharpen(agent):
 def sample(space, *lead):
     rng = np.random.default_rng(0)
     shape = (*lead, *space.shape)
-    return rng.integers(256, size=shape, dtype=np.uint8) if space.dtype == np.uint8 else rng.normal(size=shape)
+    if space.dtype == np.uint8:
+        return rng.integers(space.high.max(), size=shape, dtype=np.uint8, endpoint=True)
+    return rng.normal(size=shape)
 
 
 FLAT = Box(-1, 1, (5,), np.float32)
 RAM = Box(0, 255, (16,), np.uint8)
 CHW = Box(0, 255, (4, 84, 84), np.uint8)
 HWC = Box(0, 255, (84, 84, 3), np.uint8)
+BITS = Box(0, 1, (16,), np.uint8)
 OBS_SPACES = pytest.mark.parametrize(
-    "space", [FLAT, Box(-1, 1, (2, 3)), RAM, CHW, HWC, Box(0, 255, (210, 160, 3), np.uint8)], ids=str
+    "space", [
+        FLAT, Box(-1, 1, (2, 3)), RAM, CHW, HWC, Box(0, 255, (210, 160, 3), np.uint8),
+        Box(0, 255, (40, 36, 84), np.uint8), Box(0, 255, (84, 36, 36), np.uint8), Box(0, 255, (64, 20, 64), np.uint8),
+    ],
+    ids=str,
 )
 
 
@@ -1458,15 +1465,15 @@ def test_a_rollout_of_images_has_the_features_of_each_image_alone(space):
     assert values.shape == (301, 2)
 
 
-@pytest.mark.parametrize("space", [CHW, RAM], ids=str)
-def test_bytes_are_brought_to_the_unit_interval(space):
+@pytest.mark.parametrize("space, most", [(CHW, 255), (RAM, 255), (BITS, 1), (Box(0, 7, (3, 3), np.uint8), 7)], ids=str)
+def test_bytes_are_brought_to_the_unit_interval(space, most):
     agent, obs = make_agent(space), sample(space, 2)
     agent.encoder = torch.nn.Flatten()  # of images: encode gives what the network would get
-    np.testing.assert_allclose(agent.encode(torch.as_tensor(obs)).numpy(), obs.reshape(2, -1) / 255, rtol=1e-6)
+    np.testing.assert_allclose(agent.encode(torch.as_tensor(obs)).numpy(), obs.reshape(2, -1) / most, rtol=1e-6)
 
 
 @pytest.mark.parametrize("normalize_obs", [False, True])
-@pytest.mark.parametrize("space", [FLAT, RAM, CHW], ids=str)
+@pytest.mark.parametrize("space", [FLAT, RAM, BITS, CHW], ids=str)
 def test_discrete_actions_are_sampled_as_often_as_the_policy_says(space, normalize_obs):
     agent = make_agent(space, Discrete(4), normalize_obs=normalize_obs)
     sharpen(agent)
@@ -1632,6 +1639,7 @@ def test_the_standard_deviation_does_not_depend_on_the_state_and_starts_where_th
     agent = make_agent(FLAT, Box(-1, 1, (3,)), log_std_init=-1.5)
     assert_close(agent.get_dist(torch.randn(7, 5)).variance.sqrt(), torch.full((7, 3), math.exp(-1.5)))
     assert any(p is agent.log_std for p in agent.parameters())
+    assert_close(make_agent(FLAT, Box(-1, 1, (3,)), log_std_init=-1).log_std, torch.full((3,), -1.0))
 
 
 # Learning.

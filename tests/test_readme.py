@@ -65,7 +65,8 @@ def benchmark_runs():
 
 @pytest.mark.parametrize("name, command", benchmark_runs().items())
 def test_each_run_of_the_benchmark_has_flags_of_its_script(name, command):
-    words = command[1:] if command[0].endswith("sb3.py") else command
+    start = next(i for i, word in enumerate(command) if word.endswith(".py"))  # what is before it is torchrun's
+    words = command[start + command[start].endswith("sb3.py") :]
     names = {field.name for field in fields({"ppo": ppo, "a2c": a2c, "a3c": a3c}[words[0].split(".")[0]].Args)}
     flags = [word.removeprefix("--").removeprefix("no-") for word in words[1:] if word.startswith("--")]
     assert {flag.replace("-", "_") for flag in flags} <= names, name

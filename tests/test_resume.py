@@ -98,6 +98,46 @@ class Uneven(gym.Env):
         return np.zeros(3, np.float32), 1.0, self.count == self.length, False, {}
 
 
+class Flawed(gym.Env):
+    """Two bits, and episodes of 10 steps with a `flaw` in the last: NaN as its reward or its observation."""
+
+    def __init__(self, flaw=None):
+        self.observation_space = Box(0, 1, (2,), bool if flaw is None else np.float32)
+        self.action_space, self.flaw = Discrete(2), flaw
+
+    def observe(self, value=1):
+        return np.full(2, value, self.observation_space.dtype)
+
+    def reset(self, seed=None, options=None):
+        self.count = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.count += 1
+        is_last = self.count == 10
+        obs = self.observe(math.nan if is_last and self.flaw == "observation" else 1)
+        return obs, math.nan if is_last and self.flaw == "reward" else 1.0, is_last, False, {}
+
+
+class Endless(gym.Env):
+    """One episode, whose frames are grey."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+    observation_space, action_space = Box(-9, 9, (3,)), Discrete(2)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(3, np.float32), 1.0, False, False, {}
+
+    def render(self):
+        return np.full((64, 64, 3), 128, np.uint8)
+
+
 class PaysTheAction(gym.Env):
     """Ten steps, each of which is worth the action."""
 
@@ -128,6 +168,10 @@ for env_id, entry_point, kwargs in (
     ("PaysDiscrete-v0", PaysTheAction, {"action_space": Discrete(2)}),
     ("PaysBox-v0", PaysTheAction, {"action_space": Box(-5, 5, (1,))}),
     ("Stacked-v0", make_stacked, {}),
+    ("Bits-v0", Flawed, {}),
+    ("Endless-v0", Endless, {}),
+    ("FlawedReward-v0", Flawed, {"flaw": "reward"}),
+    ("FlawedObservation-v0", Flawed, {"flaw": "observation"}),
 ):
     gym.register(env_id, entry_point, kwargs=kwargs, disable_env_checker=True)
 
@@ -875,6 +919,27 @@ def test_the_interval_is_that_of_student(script, num_episodes, t):
 
 
 @each_script
+def test_an_evaluation_takes_the_observations_that_training_takes(script):
+    train(script, **small(script, 4, env_id="Bits-v0", normalize_obs=True, eval_episodes=4))
+    assert json.loads(Path("run/eval.json").read_text())["returns"] == [10] * 4
+
+
+@each_script
+@pytest.mark.parametrize("quantity", ["reward", "observation"])
+def test_an_evaluation_stops_at_what_is_not_finite(script, quantity):
+    with pytest.raises(FloatingPointError, match=rf"evaluation_{quantity}\[0.*\] is nan at step 40"):
+        evaluate(script, f"Flawed{quantity.title()}-v0", 4)
+    assert not Path("eval.json").exists()
+
+
+@each_script
+def test_an_evaluation_that_cannot_be_written_says_so(script):
+    Path("eval.json").mkdir()
+    with pytest.raises(MODULES[script].RunError, match=r"eval\.json: "):
+        evaluate(script, "Noise-v0", 2)
+
+
+@each_script
 def test_one_episode_has_no_spread(script):
     results = evaluate(script, "Noise-v0", 1)
     assert results["std"] is None and results["interval_95"] is None
@@ -1244,6 +1309,12 @@ def test_videos_of_training_and_evaluation_are_left_in_the_folder(script, render
     train(script, **small(script, rows), capture_video=True, eval_episodes=1)
     assert {"run/videos/training-from-0-episode-0.mp4", "run/videos/evaluation-episode-0.mp4"} <= set(videos())
     assert all(os.path.getsize(path) > 1000 for path in videos())
+
+
+@each_script
+def test_the_first_video_is_of_the_first_episode(script, rendering):
+    train(script, **small(script, 1, env_id="Endless-v0"), capture_video=True)
+    assert videos() == ["run/videos/training-from-0-episode-0.mp4"]
 
 
 @the_exact_scripts
