@@ -22,6 +22,7 @@ Arrays are time-major: T is `num_steps`, N is `num_envs`, and (T, N) holds a num
 The prefix b_ marks the flat batch of a rollout's transitions.
 """
 
+import copy
 import io
 import json
 import math
@@ -91,7 +92,7 @@ class ConfigError(Exception):
 
 
 class RunError(Exception):
-    """What ends a run besides its own errors: a disk that is full."""
+    """What ends a run besides its own errors: a full disk, or a worker that has left."""
 
 
 def make_envs(args):
@@ -307,7 +308,8 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 
 def claim(counter, end):
     """Yield the numbers up to `end`, each to one of the processes that share the counter, while their parent lives."""
-    while mp.parent_process().is_alive():
+    parent = mp.parent_process()
+    while parent.is_alive() and os.getppid() == parent.pid:  # the first alone can be true as long as a sibling lives
         with counter.get_lock():
             number = counter.value
             counter.value += 1
@@ -442,7 +444,7 @@ def arrivals(workers, reports, run, num_rollouts, num_iterations):
                 are_done = workers.join(timeout=0.05)
             except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
                 are_done, failure = True, error
-            if run.signal:
+            if run.signal or 0 in [process.exitcode for process in workers.processes]:  # one has ended, or left
                 num_rollouts.get_obj().value = num_iterations  # there are none left to claim
             while not reports.empty():
                 yield reports.get()
@@ -500,17 +502,19 @@ def train(args):
             global_step += len(diagnostics) * rollout_size
             names = ("policy_loss", "value_loss", "entropy", "explained_variance", "learning_rate", "staleness_mean")
             means = dict(zip(names, np.mean(diagnostics, axis=0).tolist()))
-            check_finite(global_step, **{name: means[name] for name in names[:3]})
             run.log(global_step, new_episodes, means | {"staleness_max": max(d[-1] for d in diagnostics)})
             run.state = {"global_step": global_step, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
             num_rows += 1
             if num_rows % args.checkpoint_interval == 0:
                 is_locked = lock.acquire(timeout=1)  # in vain if a worker was killed while it had the lock
-                run.save()
+                run.state = copy.deepcopy(run.state)  # else it could change while it is written, and not be read again
                 if is_locked:
                     lock.release()
+                run.save()
         if run.state:
             run.save()
+        if global_step < num_iterations * rollout_size and not run.signal:
+            raise RunError("a worker has left before the end, as by a sys.exit of its environment")
 
     torch.set_num_threads(num_threads)
     if args.eval_episodes > 0:
@@ -533,12 +537,13 @@ def check_args(args, checkpoint=None):
         "above 0": (("clip_reward",), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),
         "at least 0": (("eval_episodes",), lambda x: x >= 0),
+        "spawn on this system": (("start_method",), lambda x: x in mp.get_all_start_methods()),
     }  # fmt: skip
     for rule, (names, holds) in rules.items():
         for name in names:
             if not holds(getattr(args, name)):
                 raise ConfigError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(args, name)}")
-    may_change = ("total_timesteps", "checkpoint_", "resume", "eval_", "capture_video", "track", "wandb_")
+    may_change = ("total_timesteps", "checkpoint_", "resume", "eval_", "capture_video", "track", "wandb_", "start_")
     for name, value in checkpoint["args"].items() if checkpoint else ():
         if getattr(args, name) != value and not name.startswith(may_change):
             raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
@@ -711,11 +716,11 @@ class Run:
             tqdm.write(f"--track: {error}; training goes on without it", file=sys.stderr)
             self.wandb = None
 
-    def save(self, processes=None):
+    def save(self):
         """Write checkpoint.pt such that a kill at any moment leaves a whole one, this or the one before."""
         buffer, path, temporary = io.BytesIO(), self.dir / "checkpoint.pt", self.dir / "checkpoint.tmp"
         log = (self.num_episodes, self.last_returns, self.seconds, self.csv.tell(), self.wandb_id)
-        about = {"script": Path(__file__).stem, "args": vars(self.args), "log": log, "processes": processes or {}}
+        about = {"script": Path(__file__).stem, "args": vars(self.args), "log": log, "processes": {}}
         torch.save(about | self.state, buffer)
         try:
             os.fsync(self.csv.fileno())
@@ -724,7 +729,6 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            self.state = None if processes else self.state  # what fails from here on has nothing to add
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise RunError(f"{path}: {error.strerror}") from error

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -214,12 +215,17 @@ class Dies(Counter):
     def fail(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
+class Leaves(Counter):
+    def fail(self):
+        if int(open("processes").readline().split()[0]) == os.getpid():  # of the workers, one leaves
+            raise SystemExit
+
 class GivesNan(Counter):
     def step(self, action):
         obs, _, *rest = super().step(action)
         return obs, float("nan") if self.steps == 100 else 1.0, *rest
 
-for env in (Counter, Raises, Dies, GivesNan):
+for env in (Counter, Raises, Dies, Leaves, GivesNan):
     gym.register(f"{env.__name__}-v0", env)
 """
 
@@ -251,6 +257,43 @@ def test_a_worker_that_fails_ends_the_run(tmp_path, env, message, start_method):
     assert error.count(message) == 1
     assert error.count("Traceback") == (0 if env == "Dies" else 1)
     assert out == ""
+
+
+@pytest.mark.parametrize("start_method", METHODS)
+def test_a_worker_that_leaves_ends_the_run_which_keeps_what_it_has_learned(tmp_path, start_method):
+    code, out, error = finish(start(tmp_path, "Leaves", "--start-method", start_method), seconds=120)
+    assert (code, out) == (1, "")
+    assert error.count("a3c.py: a worker has left") == 1 and "Traceback" not in error
+    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    assert checkpoint["global_step"] == int(rows_of("run")[-1]["global_step"])
+
+
+def test_rollouts_are_claimed_as_long_as_the_parent_lives(monkeypatch):
+    parent = types.SimpleNamespace(is_alive=lambda: True, pid=os.getppid())
+    monkeypatch.setattr(a3c.mp, "parent_process", lambda: parent)
+    counter = multiprocessing.Value("q", 3)
+    rollouts = a3c.claim(counter, 9)
+    assert [next(rollouts), next(rollouts)] == [3, 4]
+    parent.pid = 1 << 30  # an orphan has another parent, though a sibling may still hold what is_alive looks at
+    assert list(rollouts) == []
+    assert [*a3c.claim(counter, 9)] == []
+    parent.pid = os.getppid()
+    assert [*a3c.claim(counter, 9)] == [5, 6, 7, 8]
+
+
+def test_a_checkpoint_is_written_from_memory_that_no_worker_can_change(tmp_path, monkeypatch):
+    """The checksum is of what is in memory before it is written: if that changes, the file cannot be read again."""
+    save, shared = torch.save, []
+
+    def spy(checkpoint, file):
+        shared.append([value.is_shared() for value in checkpoint["agent"].values()])
+        shared[-1] += [value.is_shared() for value in checkpoint["optimizer"]["state"][0].values()]
+        save(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", spy)
+    a3c.train(a3c.Args(num_workers=2, total_timesteps=20_000, checkpoint_interval=1, run_dir="run"))
+    *while_they_work, in_the_end = shared
+    assert len(while_they_work) > 10 and not any(map(any, while_they_work))
 
 
 @pytest.mark.parametrize("start_method", METHODS)
