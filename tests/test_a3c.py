@@ -259,6 +259,16 @@ def test_a_worker_that_fails_ends_the_run(tmp_path, env, message, start_method):
     assert out == ""
 
 
+def test_a_start_method_may_change_and_must_be_one_of_the_system(monkeypatch):
+    args = a3c.Args(start_method="spawn", total_timesteps=2000)
+    checkpoint = {"args": {"start_method": "fork"}, "global_step": 1000}
+    a3c.check_args(args, checkpoint=checkpoint)
+    monkeypatch.setattr(a3c.mp, "get_all_start_methods", lambda: ["spawn"])
+    with pytest.raises(a3c.ConfigError, match="--start-method must be spawn on this system, not fork"):
+        a3c.check_args(a3c.Args(start_method="fork"))
+    a3c.check_args(args, checkpoint=checkpoint)
+
+
 @pytest.mark.parametrize("start_method", METHODS)
 def test_a_worker_that_leaves_ends_the_run_which_keeps_what_it_has_learned(tmp_path, start_method):
     code, out, error = finish(start(tmp_path, "Leaves", "--start-method", start_method), seconds=120)
@@ -281,7 +291,7 @@ def test_rollouts_are_claimed_as_long_as_the_parent_lives(monkeypatch):
     assert [*a3c.claim(counter, 9)] == [5, 6, 7, 8]
 
 
-def test_a_checkpoint_is_written_from_memory_that_no_worker_can_change(tmp_path, monkeypatch):
+def test_a_checkpoint_is_written_from_memory_that_no_worker_can_change(monkeypatch):
     """The checksum is of what is in memory before it is written: if that changes, the file cannot be read again."""
     save, shared = torch.save, []
 
@@ -292,7 +302,7 @@ def test_a_checkpoint_is_written_from_memory_that_no_worker_can_change(tmp_path,
 
     monkeypatch.setattr(torch, "save", spy)
     a3c.train(a3c.Args(num_workers=2, total_timesteps=20_000, checkpoint_interval=1, run_dir="run"))
-    *while_they_work, in_the_end = shared
+    *while_they_work, _ = shared  # in the end, none works
     assert len(while_they_work) > 10 and not any(map(any, while_they_work))
 
 

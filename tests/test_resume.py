@@ -1318,6 +1318,25 @@ def test_the_first_video_is_of_the_first_episode(script, rendering):
     assert videos() == ["run/videos/training-from-0-episode-0.mp4"]
 
 
+@each_script
+def test_an_environment_that_shows_nothing_is_refused(script, rendering, monkeypatch):
+    monkeypatch.setattr(Endless, "render", lambda self: None)
+    with pytest.raises(MODULES[script].ConfigError, match="^--env-id Endless-v0 --capture-video: ."):
+        train(script, **small(script, 1, env_id="Endless-v0"), capture_video=True)
+    monkeypatch.delattr(Endless, "render")  # what is left raises an error without a text
+    with pytest.raises(MODULES[script].ConfigError, match="--capture-video: NotImplementedError$"):
+        train(script, **small(script, 1, env_id="Endless-v0"), capture_video=True)
+
+
+@each_script
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no file that is always full")
+def test_a_disk_that_is_full_at_the_start_is_named(script):
+    Path("run").mkdir()
+    Path("run/args.json").symlink_to("/dev/full")
+    with pytest.raises(MODULES[script].ConfigError, match="^run: No space left on device; "):
+        train(script, **small(script, 1))
+
+
 @the_exact_scripts
 @pytest.mark.parametrize("before, after", [(True, True), (False, True), (True, False)])
 def test_a_run_with_videos_goes_on_exactly_too(script, before, after, rendering):
