@@ -27,6 +27,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import shlex
 import signal
 import sys
@@ -129,7 +130,8 @@ def make_envs(args):
         raise ConfigError(f"--vectorization-mode: {autoreset_mode} of {args.env_id} is not NEXT_STEP; try sync")
     envs = RecordEpisodeStatistics(envs)
     if isinstance(action_space, Box):
-        envs = TransformAction(envs, lambda actions: actions.clip(action_space.low, action_space.high))
+        low, high, dtype = action_space.low, action_space.high, action_space.dtype
+        envs = TransformAction(envs, lambda actions: actions.clip(low, high).astype(dtype, copy=False))
     elif action_space.start != 0:
         envs = TransformAction(envs, lambda actions: actions + action_space.start)
     return envs
@@ -243,7 +245,7 @@ class Agent(nn.Module):
 class NumpyPolicy:
     """The policy of an agent until its next update, from NumPy to NumPy, for the actions of a rollout.
 
-    For a few rows a time, calling PyTorch takes longer than the arithmetic; only images are worth it.
+    For a few rows a time, calling PyTorch takes longer than the arithmetic, except with images.
     """
 
     def __init__(self, agent):
@@ -321,6 +323,8 @@ def train(args):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
     seed = args.seed * world_size + rank
     torch.manual_seed(seed)
+    random.seed(seed)  # this and the next are for environments that draw from them
+    np.random.seed(seed % 2**32)
     global_step = checkpoint["global_step"] if checkpoint else 0
     rng = np.random.default_rng((seed, 1, global_step))  # with seed alone, it would repeat an environment's numbers
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -523,13 +527,13 @@ def evaluate(agent, args, run_dir):
 
     Each environment has its quota of them: the first so many to end, of all, would be the short ones.
     """
-    num_episodes, N = args.eval_episodes, min(args.num_envs, args.eval_episodes)
+    num_episodes, N = args.eval_episodes, min(args.num_envs, max(args.eval_episodes, 2))  # one is made in another way
     envs = make_envs(replace(args, num_envs=N))
     if args.capture_video:
         envs = RecordVideo(envs, f"{run_dir}/videos", record_first_only=True, name_prefix="evaluation")
     returns, quotas = [[] for _ in range(N)], [num_episodes // N + (i < num_episodes % N) for i in range(N)]
     torch.manual_seed(args.seed)
-    obs, _ = envs.reset(seed=int(np.random.default_rng((args.seed, 2)).integers(2**31 - N)))  # none of training's
+    obs, _ = envs.reset(seed=int(np.random.default_rng((args.seed, 2)).integers(2**31 - N)))  # not training's
     step = 0
     while any(len(ours) < quota for ours, quota in zip(returns, quotas)):
         with torch.no_grad():
@@ -655,11 +659,11 @@ class Run:
         self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
         if args.track:
             resume = "allow" if self.wandb_id else None
-            about = {"name": name, "id": self.wandb_id, "resume": resume, "config": vars(args), "dir": self.dir}
+            info = {"name": self.dir.name, "id": self.wandb_id, "resume": resume, "config": vars(args), "dir": self.dir}
             try:
                 import wandb
 
-                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, **about)
+                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, **info)
             except Exception as error:
                 if not checkpoint:
                     os.remove(self.csv.name)  # leaves the folder to the next try
@@ -671,7 +675,9 @@ class Run:
     def __enter__(self):
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)}
+            self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.handlers:
+            signal.signal(number, self.receive)
         return self
 
     def receive(self, number, frame):
@@ -711,18 +717,21 @@ class Run:
             raise RunError(f"{self.csv.name}: {error.strerror}") from error
         self.send(metrics)
 
-    def send(self, metrics, end=-1):
+    def send(self, metrics, exit_code=None):
         """Send metrics and new videos to Weights & Biases; the newest video, which may be half written, at the end."""
         if self.wandb is None:
             return
         try:
+            end = -1 if exit_code is None else None
             videos = sorted(self.dir.glob("videos/*.mp4"), key=os.path.getmtime)[self.num_videos : end]
             media = {path.stem: self.wandb_video(str(path)) for path in videos}
-            if media or end == -1:
+            if media or exit_code is None:
                 self.wandb.log(metrics | media, step=metrics["global_step"])
             self.num_videos += len(videos)
+            if exit_code is not None:
+                self.wandb.finish(exit_code=exit_code)
         except Exception as error:
-            tqdm.write(f"--track: {error}; training goes on without it", file=sys.stderr)
+            tqdm.write(f"--track: {error}; the run goes on without it", file=sys.stderr)
             self.wandb = None
 
     def save(self, processes=None):
@@ -763,9 +772,6 @@ class Run:
         self.envs.close()
         if self.is_main:
             self.csv.close()
-            self.send({"global_step": self.global_step}, end=None)
-            if self.wandb:
-                self.wandb.finish(exit_code=int(error is not None))
             if self.summary and (is_stopped or not error):
                 print(f"{self.summary}, {self.dir}")
             is_done = self.global_step >= self.bar.total and not self.args.eval_episodes
@@ -774,10 +780,11 @@ class Run:
                 command = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if is_parallel else "python"
                 rest = shlex.join((os.path.relpath(__file__), "--resume", f"{self.dir}/checkpoint.pt"))
                 print(f"go on: {command} {rest}")
+            self.send({"global_step": self.global_step}, exit_code=1 if error or is_stopped else 0)
         if is_stopped:
             sys.exit(128 + self.signal)
         if processes and isinstance(error, (EOFError, ConnectionError)):
-            raise RunError("a process of --vectorization-mode async has died") from error
+            raise RunError(f"a process of --vectorization-mode async has died: {error!r}") from error
 
 
 if __name__ == "__main__":

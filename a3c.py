@@ -27,13 +27,14 @@ import io
 import json
 import math
 import os
+import random
 import shlex
 import signal
 import sys
 import threading
 import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -56,7 +57,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     seed: int = 1  # seed of the environments, the initial weights and the actions
     total_timesteps: int = 200_000  # steps of all workers together, rounded down to whole rollouts
-    num_workers: int = os.cpu_count() or 1  # processes that collect and learn; None waits for another
+    num_workers: int = os.cpu_count() or 1  # processes that collect and learn, without waiting for each other
     num_envs: int = 1  # N, environments of each worker, which step together
     num_steps: int = 64  # T or t_max, steps of each environment in a rollout
     vectorization_mode: Literal["sync", "native"] | None = None  # None: native where it pays, else sync
@@ -130,7 +131,8 @@ def make_envs(args):
         raise ConfigError(f"--vectorization-mode: {autoreset_mode} of {args.env_id} is not NEXT_STEP; try sync")
     envs = RecordEpisodeStatistics(envs)
     if isinstance(action_space, Box):
-        envs = TransformAction(envs, lambda actions: actions.clip(action_space.low, action_space.high))
+        low, high, dtype = action_space.low, action_space.high, action_space.dtype
+        envs = TransformAction(envs, lambda actions: actions.clip(low, high).astype(dtype, copy=False))
     elif action_space.start != 0:
         envs = TransformAction(envs, lambda actions: actions + action_space.start)
     return envs
@@ -242,7 +244,7 @@ class Agent(nn.Module):
 class NumpyPolicy:
     """The policy of an agent until its next update, from NumPy to NumPy, for the actions of a rollout.
 
-    For a few rows a time, calling PyTorch takes longer than the arithmetic; only images are worth it.
+    For a few rows a time, calling PyTorch takes longer than the arithmetic, except with images.
     """
 
     def __init__(self, agent):
@@ -331,6 +333,8 @@ def worker(
     torch.set_num_threads(1)
     seed = args.seed * args.num_workers + index
     torch.manual_seed(seed)
+    random.seed(seed)  # this and the next are for environments that draw from them
+    np.random.seed(seed % 2**32)
     rng = np.random.default_rng((seed, 1, global_step))  # with seed alone, it would repeat an environment's numbers
     envs = make_envs(args)
     if args.capture_video and index == 0:
@@ -358,95 +362,95 @@ def worker(
     num_iterations = args.total_timesteps // (T * N)
     updates_per_report = math.ceil(1024 / (T * N))
     episodes, diagnostics = [], []
-    for iteration in claim(num_rollouts, num_iterations):
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
-        with update_lock:
-            theta.data.copy_(shared_theta)
-            for buffer, shared_buffer in zip(agent.buffers(), shared_agent.buffers()):
-                buffer.copy_(shared_buffer)
-            num_updates_before = num_updates.value
+    with closing(envs):
+        for iteration in claim(num_rollouts, num_iterations):
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+            with update_lock:
+                theta.data.copy_(shared_theta)
+                for buffer, shared_buffer in zip(agent.buffers(), shared_agent.buffers()):
+                    buffer.copy_(shared_buffer)
+                num_updates_before = num_updates.value
 
-        # Collect a rollout.
-        obs[0], dones[0] = obs[-1], dones[-1]
-        policy = NumpyPolicy(agent)
-        for step in range(T):
-            actions[step] = policy.sample(obs[step], rng)
-            obs[step + 1], rewards[step], terminations[step], truncations, infos = envs.step(actions[step])
-            dones[step + 1] = terminations[step] | truncations
-            check_finite((iteration * T + step + 1) * N, observation=obs[step + 1], reward=rewards[step])
-            if "episode" in infos:
-                ended = infos["_episode"]
-                episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
+            # Collect a rollout.
+            obs[0], dones[0] = obs[-1], dones[-1]
+            policy = NumpyPolicy(agent)
+            for step in range(T):
+                actions[step] = policy.sample(obs[step], rng)
+                obs[step + 1], rewards[step], terminations[step], truncations, infos = envs.step(actions[step])
+                dones[step + 1] = terminations[step] | truncations
+                check_finite((iteration * T + step + 1) * N, observation=obs[step + 1], reward=rewards[step])
+                if "episode" in infos:
+                    ended = infos["_episode"]
+                    episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
+                if args.normalize_reward:
+                    so_far = rewards[step] + args.gamma * discounted_returns[step - 1]  # row -1 is of the last rollout
+                    discounted_returns[step] = np.where(dones[step], 0.0, so_far)
+
+            # Estimate advantages and returns.
+            is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
             if args.normalize_reward:
-                so_far = rewards[step] + args.gamma * discounted_returns[step - 1]  # row -1 is of the last rollout
-                discounted_returns[step] = np.where(dones[step], 0.0, so_far)
+                with lock:
+                    shared_agent.return_statistics.update(discounted_returns[is_transition])
+                    rewards /= math.sqrt(shared_agent.return_statistics.var + 1e-8)
+            if args.clip_reward is not None:
+                np.clip(rewards, -args.clip_reward, args.clip_reward, out=rewards)
+            all_obs = torch.as_tensor(obs)
+            with torch.no_grad():
+                values = agent.get_value(all_obs).numpy(force=True)  # (T + 1, N)
+            advantages = compute_gae(
+                rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
+            )
+            b_obs, b_actions, b_advantages, b_returns = (
+                torch.as_tensor(x[is_transition])
+                for x in (obs[:-1], actions, advantages, advantages + values[:-1])
+            )
+            explained_variance = 1 - b_advantages.var(correction=0) / b_returns.var(correction=0)
 
-        # Estimate advantages and returns.
-        is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
-        if args.normalize_reward:
-            with lock:
-                shared_agent.return_statistics.update(discounted_returns[is_transition])
-                rewards /= math.sqrt(shared_agent.return_statistics.var + 1e-8)
-        if args.clip_reward is not None:
-            np.clip(rewards, -args.clip_reward, args.clip_reward, out=rewards)
-        all_obs = torch.as_tensor(obs)
-        with torch.no_grad():
-            values = agent.get_value(all_obs).numpy(force=True)  # (T + 1, N)
-        advantages = compute_gae(
-            rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
-        )
-        b_obs, b_actions, b_advantages, b_returns = (
-            torch.as_tensor(x[is_transition])
-            for x in (obs[:-1], actions, advantages, advantages + values[:-1])
-        )
-        explained_variance = 1 - b_advantages.var(correction=0) / b_returns.var(correction=0)
+            # Update the policy and the value function.
+            dist, new_values = agent(b_obs)
+            policy_loss = -(dist.log_prob(b_actions) * b_advantages).mean()
+            value_loss = 0.5 * (new_values - b_returns).square().mean()
+            with torch.set_grad_enabled(args.ent_coef > 0):  # else its gradient would be time lost
+                entropy = dist.entropy().mean()
+            loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+            theta.grad.zero_()
+            loss.backward()
+            theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)
+            check_finite((iteration + 1) * T * N, loss=loss.item(), gradient=theta.grad.numpy())
+            with update_lock:
+                optimizer.step()
+                staleness = num_updates.value - num_updates_before
+                with num_updates.get_lock():
+                    num_updates.value += 1
+            if args.normalize_obs:
+                with lock:
+                    shared_agent.obs_statistics.update(b_obs)
 
-        # Update the policy and the value function.
-        dist, new_values = agent(b_obs)
-        policy_loss = -(dist.log_prob(b_actions) * b_advantages).mean()
-        value_loss = 0.5 * (new_values - b_returns).square().mean()
-        with torch.set_grad_enabled(args.ent_coef > 0):  # else its gradient would be time lost
-            entropy = dist.entropy().mean()
-        loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-        theta.grad.zero_()
-        loss.backward()
-        theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)
-        check_finite((iteration + 1) * T * N, loss=loss.item(), gradient=theta.grad.numpy())
-        with update_lock:
-            optimizer.step()
-            staleness = num_updates.value - num_updates_before
-            with num_updates.get_lock():
-                num_updates.value += 1
-        if args.normalize_obs:
-            with lock:
-                shared_agent.obs_statistics.update(b_obs)
-
-        losses = torch.stack((policy_loss, value_loss, entropy, explained_variance)).tolist()
-        diagnostics.append((*losses, optimizer.param_groups[0]["lr"], staleness))
-        if len(diagnostics) == updates_per_report:
+            losses = torch.stack((policy_loss, value_loss, entropy, explained_variance)).tolist()
+            diagnostics.append((*losses, optimizer.param_groups[0]["lr"], staleness))
+            if len(diagnostics) == updates_per_report:
+                reports.put((episodes, diagnostics))
+                episodes, diagnostics = [], []
+        if diagnostics:
             reports.put((episodes, diagnostics))
-            episodes, diagnostics = [], []
-    if diagnostics:
-        reports.put((episodes, diagnostics))
-    envs.close()
 
 
 def arrivals(workers, reports, run, num_rollouts, num_iterations):
-    """Yield the reports until all workers have ended, which is soon once the run is to stop; no worker outlives this.
+    """Yield the reports until all workers have ended, which is soon once the run is to stop, and then kill any left.
 
     If a worker has failed or was killed, raise, after the reports that have arrived.
     """
     are_done, failure = False, None
     try:
-        while not are_done:
+        while not (are_done and reports.empty()):
             try:
-                are_done = workers.join(timeout=0.05)
+                are_done = are_done or workers.join(timeout=0.05 * reports.empty())
             except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
                 are_done, failure = True, error
             if run.signal or 0 in [process.exitcode for process in workers.processes]:  # one has ended, or left
                 num_rollouts.get_obj().value = num_iterations  # there are none left to claim
-            while not reports.empty():
+            if not reports.empty():
                 yield reports.get()
         if failure:
             raise failure
@@ -460,7 +464,8 @@ def train(args):
     """Train an Agent as `args` say, write its log and checkpoints to a run folder, and return the agent.
 
     Raises a ConfigError before it begins, a ProcessException of torch.multiprocessing, with the traceback, as soon as a
-    worker has failed or was killed, and a SystemExit once the workers have ended upon Ctrl-C or SIGTERM.
+    worker has failed or was killed, a RunError if the disk is full or a worker has left, and a SystemExit once the
+    workers have ended upon Ctrl-C or SIGTERM.
     """
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     check_args(args, checkpoint=checkpoint)
@@ -490,13 +495,15 @@ def train(args):
 
     is_main = first_iteration < num_iterations
     with Run(args, envs, checkpoint, is_main, num_iterations * rollout_size, note) as run:
-        context = mp.get_context(args.start_method)
+        start_method = "spawn" if args.capture_video else args.start_method  # what has rendered might hang in a fork
+        context = mp.get_context(start_method)
         num_rollouts, num_updates = context.Value("q", first_iteration), context.Value("q", first_iteration)
-        lock, reports, num_rows = context.Lock(), context.SimpleQueue(), 0
+        lock, reports = context.Lock(), context.SimpleQueue()
         shared = (args, run.dir, global_step, agent, theta, optimizer, num_rollouts, num_updates, lock, reports)
         num_workers = args.num_workers if is_main else 0
-        workers = mp.start_processes(worker, shared, num_workers, join=False, start_method=args.start_method)
-        for new_episodes, diagnostics in arrivals(workers, reports, run, num_rollouts, num_iterations):
+        workers = mp.start_processes(worker, shared, num_workers, join=False, start_method=start_method)
+        rows = arrivals(workers, reports, run, num_rollouts, num_iterations)
+        for num_rows, (new_episodes, diagnostics) in enumerate(rows, 1):
             # Log.
             run.state = None
             global_step += len(diagnostics) * rollout_size
@@ -504,7 +511,6 @@ def train(args):
             means = dict(zip(names, np.mean(diagnostics, axis=0).tolist()))
             run.log(global_step, new_episodes, means | {"staleness_max": max(d[-1] for d in diagnostics)})
             run.state = {"global_step": global_step, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            num_rows += 1
             if num_rows % args.checkpoint_interval == 0:
                 is_locked = lock.acquire(timeout=1)  # in vain if a worker was killed while it had the lock
                 run.state = copy.deepcopy(run.state)  # else it could change while it is written, and not be read again
@@ -543,7 +549,8 @@ def check_args(args, checkpoint=None):
         for name in names:
             if not holds(getattr(args, name)):
                 raise ConfigError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(args, name)}")
-    may_change = ("total_timesteps", "checkpoint_", "resume", "eval_", "capture_video", "track", "wandb_", "start_")
+    may_change = ("total_timesteps", "checkpoint_", "resume", "eval_", "capture_video", "track", "wandb_")
+    may_change += ("num_workers", "lock", "start_method")
     for name, value in checkpoint["args"].items() if checkpoint else ():
         if getattr(args, name) != value and not name.startswith(may_change):
             raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
@@ -565,13 +572,13 @@ def evaluate(agent, args, run_dir):
 
     Each environment has its quota of them: the first so many to end, of all, would be the short ones.
     """
-    num_episodes, N = args.eval_episodes, min(args.num_envs, args.eval_episodes)
+    num_episodes, N = args.eval_episodes, min(args.num_envs, max(args.eval_episodes, 2))  # one is made in another way
     envs = make_envs(replace(args, num_envs=N))
     if args.capture_video:
         envs = RecordVideo(envs, f"{run_dir}/videos", record_first_only=True, name_prefix="evaluation")
     returns, quotas = [[] for _ in range(N)], [num_episodes // N + (i < num_episodes % N) for i in range(N)]
     torch.manual_seed(args.seed)
-    obs, _ = envs.reset(seed=int(np.random.default_rng((args.seed, 2)).integers(2**31 - N)))  # none of training's
+    obs, _ = envs.reset(seed=int(np.random.default_rng((args.seed, 2)).integers(2**31 - N)))  # not training's
     step = 0
     while any(len(ours) < quota for ours, quota in zip(returns, quotas)):
         with torch.no_grad():
@@ -646,11 +653,11 @@ class Run:
         self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
         if args.track:
             resume = "allow" if self.wandb_id else None
-            about = {"name": name, "id": self.wandb_id, "resume": resume, "config": vars(args), "dir": self.dir}
+            info = {"name": self.dir.name, "id": self.wandb_id, "resume": resume, "config": vars(args), "dir": self.dir}
             try:
                 import wandb
 
-                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, **about)
+                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, **info)
             except Exception as error:
                 if not checkpoint:
                     os.remove(self.csv.name)  # leaves the folder to the next try
@@ -662,12 +669,14 @@ class Run:
     def __enter__(self):
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)}
+            self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.handlers:
+            signal.signal(number, self.receive)
         return self
 
     def receive(self, number, frame):
         self.signal = number
-        signal.signal(number, self.handlers[number])
+        signal.signal(number, signal.default_int_handler)  # also upon SIGTERM, for it lets the workers be killed
 
     def log(self, global_step, new_episodes, update):
         """Log the episodes, (return, length), that have ended since the last call, and what the update came to."""
@@ -702,18 +711,21 @@ class Run:
             raise RunError(f"{self.csv.name}: {error.strerror}") from error
         self.send(metrics)
 
-    def send(self, metrics, end=-1):
+    def send(self, metrics, exit_code=None):
         """Send metrics and new videos to Weights & Biases; the newest video, which may be half written, at the end."""
         if self.wandb is None:
             return
         try:
+            end = -1 if exit_code is None else None
             videos = sorted(self.dir.glob("videos/*.mp4"), key=os.path.getmtime)[self.num_videos : end]
             media = {path.stem: self.wandb_video(str(path)) for path in videos}
-            if media or end == -1:
+            if media or exit_code is None:
                 self.wandb.log(metrics | media, step=metrics["global_step"])
             self.num_videos += len(videos)
+            if exit_code is not None:
+                self.wandb.finish(exit_code=exit_code)
         except Exception as error:
-            tqdm.write(f"--track: {error}; training goes on without it", file=sys.stderr)
+            tqdm.write(f"--track: {error}; the run goes on without it", file=sys.stderr)
             self.wandb = None
 
     def save(self):
@@ -747,15 +759,13 @@ class Run:
         self.envs.close()
         if self.is_main:
             self.csv.close()
-            self.send({"global_step": self.global_step}, end=None)
-            if self.wandb:
-                self.wandb.finish(exit_code=int(error is not None))
             if self.summary and (is_stopped or not error):
                 print(f"{self.summary}, {self.dir}")
             is_done = self.global_step >= self.bar.total and not self.args.eval_episodes
             if is_stopped and (self.dir / "checkpoint.pt").exists() and not is_done:
                 rest = shlex.join((os.path.relpath(__file__), "--resume", f"{self.dir}/checkpoint.pt"))
                 print(f"go on: python {rest}")
+            self.send({"global_step": self.global_step}, exit_code=1 if error or is_stopped else 0)
         if is_stopped:
             sys.exit(128 + self.signal)
 

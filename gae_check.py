@@ -94,7 +94,8 @@ def make_rollout(rng, draw, ends, next_step, gamma, gae_lambda, last="any", num_
     terminations = (rng.random(shape) < 0.25) & ("terminated" in ends)
     truncations = (rng.random(shape) < 0.25) & ("truncated" in ends) & ~terminations
     if last != "any":
-        terminations[-1], truncations[-1] = last == "terminated", False
+        chance = {"terminated": 1.0, "either": 0.5, "running": 0.0}[last]
+        terminations[-1], truncations[-1] = rng.random(num_envs) < chance, False
     resets = np.zeros(shape, bool)
     for t in range(1, num_steps if next_step else 0):
         resets[t] = terminations[t - 1] | truncations[t - 1]
@@ -229,6 +230,7 @@ def bias_variance(seed, num_episodes=20_000):
     The advantage A is the lambda-return less V(s). That is the same for all actions: it adds no variance, and its error
     leads no policy astray. What else the critic's error does to A is what this shows. lambda 0 asks the critic after
     one step: least noise, most error. lambda 1 waits for all the rewards and never asks it: no error, all the noise.
+    That is so of an error that is the same everywhere; one that differs from state to state is noise, too.
     """
     rng, (probs, true_values) = np.random.default_rng(seed), corridor()
     cumulative = np.vstack([probs, np.eye(1, NUM_STATES + 1, NUM_STATES)]).cumsum(1)[:, :-1]  # the end stays the end
@@ -335,12 +337,12 @@ MISTAKES = [
      [lambda x: {"next_values": np.where(x.truncations, x.values[:-1], x.next_values)},
       lambda x: {"next_values": x.values[:-1]},
       lambda x: {"next_values": with_last(x.next_values, x.values[-2])}]),
+    ("bootstraps past a termination", "V(s_{t+1}) counts as 0 after a termination, here or already in what is passed",
+     [lambda x: {"terminations": x.dones & False}]),
     ("bootstraps from the next episode's first state",
      "after a done, values[t + 1] is another episode's: use V of the true last observation, 0 after a termination",
      [lambda x: {"next_values": x.values[1:]},
       lambda x: {"next_values": x.values[1:], "terminations": x.dones & False}]),
-    ("bootstraps past a termination", "V(s_{t+1}) counts as 0 after a termination, here or already in what is passed",
-     [lambda x: {"terminations": x.dones & False}]),
     ("the sum is not cut at the end of an episode", TRACE, [lambda x: {"dones": x.dones & False}]),
     ("the sum is not cut at a truncation", TRACE + "; truncated is done, too", [lambda x: {"dones": x.terminations}]),
     (NO_MASK, "V(s_{t+1}) counts as 0 after a termination, and " + TRACE,
@@ -350,7 +352,9 @@ MISTAKES = [
      shifted(+1, "terminations", "dones") + shifted(+1, "dones") + shifted(+1, "terminations")),
     ("done flag one step late", FLAG + ", not that of step t - 1",
      shifted(-1, "terminations", "dones") + shifted(-1, "dones") + shifted(-1, "terminations")),
-    ("done flag inverted", "a mask is 1 - done", [lambda x: {"terminations": ~x.terminations, "dones": ~x.dones}]),
+    ("done flag inverted", "a mask is 1 - done",
+     [lambda x: {"terminations": ~x.terminations, "dones": ~x.dones},
+      lambda x: {"terminations": with_last(x.terminations, ~x.terminations[-1])}]),
     ("a truncated step gets the advantage 0", "bootstrap it from V of its true last observation",
      [lambda x: without_delta(x, x.truncations)]),
     ("no bootstrap at the end of the rollout", "the last step needs gamma V(s_T), as a parameter or as row T of values",
@@ -362,7 +366,11 @@ MISTAKES = [
     ("lambda missing in the trace", TRACE, [lambda x: {"trace": x.gamma}]),
     ("gamma missing in the trace", TRACE, [lambda x: {"trace": x.gae_lambda}]),
     ("gamma and lambda missing in the trace", TRACE, [lambda x: {"trace": 1.0}]),
+    ("gamma or lambda squared in the trace", TRACE,
+     [lambda x: {"trace": x.gamma * x.gae_lambda**2}, lambda x: {"trace": x.gamma**2 * x.gae_lambda}]),
     ("no trace, only the TD error", TRACE, [lambda x: {"trace": 0.0}]),
+    ("the TD error with the next lambda-return for V(s_{t+1})", "A_t is the lambda-return of s_t, less V(s_t)",
+     [lambda x: {"next_values": x.next_values + shift(gae(x), +1, "zero") * ~x.dones, "trace": 0.0}]),
     ("gamma or lambda fixed inside", "use those that are passed",
      [lambda x: {"gamma": 0.99, "trace": 0.99 * x.gae_lambda}, lambda x: {"trace": x.gamma * 0.95},
       lambda x: {"gamma": 0.99, "trace": 0.99 * 0.95}]),
@@ -372,7 +380,7 @@ MISTAKES = [
     ("the baseline V(s_t) is not subtracted", DELTA, [lambda x: {"values": 0.0 * x.values}]),
     ("reward one step early", REWARD, shifted(+1, "rewards")),
     ("reward one step late", REWARD, shifted(-1, "rewards")),
-    ("advantages normalised inside", "normalise where the loss is made: the returns need them as they are",
+    ("advantages normalised inside", "normalise where the loss is made: returns are made of the advantages as they are",
      [lambda x, options=(axis, ddof): {"finish": lambda advantages: normalised(advantages, *options)}
       for axis in (None, 0) for ddof in (0, 1)]),
     ("the sign is reversed", "an advantage is what came minus what was expected", [lambda x: {"finish": np.negative}]),
@@ -505,7 +513,10 @@ class Call:
         self.same_step_ends = [end for end in self.ends if sees_next or end == "terminated"]
         no_bootstrap = not self.long_values and not self.has & {"bootstrap", "next_values"}
         no_last_done = "episode_starts" in self.has and "last_done" not in self.has and not self.long_flags
-        self.last = "terminated" if no_bootstrap and not self.ends else "running" if no_last_done else "any"
+        knows_last = "last_done" in self.has and not self.ends
+        self.last = "either" if knows_last else "running" if no_last_done else "any"
+        if no_bootstrap and not self.ends:
+            self.last = "terminated"
 
     def rollout(self, args, rng, draw, next_step, gamma=0.5, gae_lambda=0.8, **size):
         gamma = gamma if self.has & {"gamma", "discounts"} else args.gamma
@@ -712,7 +723,8 @@ def remarks(call, args):
     x = call.rollout(args, rng, rng.normal, False)
     env = 0 if call.layout == "(T,)" else slice(None)
     arguments, untouched = call.arguments(x, env), call.arguments(x, env)
-    call.function(**arguments)
+    with contextlib.suppress(Exception, SystemExit):
+        call.function(**arguments)
     written = [name for name in arguments if repr(arguments[name]) != repr(untouched[name])]
     nan = np.where(x.terminations, np.nan, x.next_values)
     hard = {
@@ -723,6 +735,7 @@ def remarks(call, args):
         "NaN as V(s_{t+1}) of a terminated step": replace(x, next_values=nan, values=with_last(x.values, nan[-1])),
         "a rollout of one step": call.rollout(args, rng, rng.normal, False, num_steps=1),
         "one environment": call.rollout(args, rng, rng.normal, False, num_envs=1),
+        "a rollout of 1,024 steps": call.rollout(args, rng, rng.normal, False, num_steps=1024),
     }
     fails = list(hard)
     names = [name for name, role in call.roles.items() if role == "terminations"]
@@ -730,13 +743,24 @@ def remarks(call, args):
         with contextlib.suppress(Fault):
             if agree(x, RIGHT[labels[0]](x), call(x)[0]):
                 fails.remove(name)
+    numbers = "flags that are numbers" if call.bool_flags else "flags that are booleans"
+    others = {numbers: replace(call, bool_flags=not call.bool_flags)}
+    if call.long_values and "masks" in call.has and not call.long_flags:
+        others["masks of T + 1 rows, as its values have"] = replace(call, long_flags=True)
+    for name, other in others.items():
+        with contextlib.suppress(Fault):  # only an error that nobody would see is worth a note
+            x = other.rollout(args, rng, rng.normal, False)
+            if not agree(x, RIGHT[labels[0]](x), other(x)[0]):
+                fails.append(name)
     notes = [
         (f"it returns {', '.join(labels)}", labels not in (["advantages"], ["advantages", "lambda-returns"])),
         ("its one flag cannot tell truncation from termination: add gamma V(s_{t+1}) to the reward of a truncated step "
          "before the call, or let it take both flags", call.ends == ["terminated"]),
         ("its one flag cannot tell termination from truncation: it knows no termination", call.ends == ["truncated"]),
         ("beside truncations, its done flag must be the terminations alone", "dones" in map(ROLE_OF.get, names)),
-        ("without a done flag it is right within one episode, V(s_T) being 0 if that terminated", not call.ends),
+        ("within one episode, to which alone its done flag applies, it is right", call.last == "either"),
+        ("without a done flag it is right within one episode, V(s_T) being 0 if that terminated",
+         not call.ends and call.last != "either"),
         ("without V(s_T) it is right for an episode that terminates, and for no other", call.last == "terminated"),
         ("V(s_{t+1}) from the next row of values is right under NEXT_STEP autoreset; under SAME_STEP, a truncated step "
          "needs next_values", call.ends != call.same_step_ends),
@@ -774,15 +798,16 @@ def judge(function, name, given, args):
         wrong.append(call)
     if not wrong:
         mistake, called_with = min(faults, key=lambda fault: fault[0].startswith("it raises"))  # of those, the first
-        return report | {"verdict": "error", "mistake": mistake, "called_with": called_with}
+        notes = ["it was tried with (T, N), (T,) and (N, T): if it takes another shape, wrap it in a function of yours"]
+        return report | {"verdict": "error", "mistake": mistake, "called_with": called_with, "notes": notes}
     for num_mistakes, call in itertools.product((1, 2), wrong):
         if blamed := blame(call, num_mistakes):
             mistake, cure, i, right = blamed
             break
     else:
-        call, labels = wrong[0], wrong[0].labels()
-        i, possible = labels.index(None), [label for label in ("advantages", "lambda-returns") if label not in labels]
-        right = max(possible, key=functools.partial(call.num_right, i))
+        possible = itertools.product(wrong, ("advantages", "lambda-returns"))
+        unknown = [(call, call.labels().index(None), label) for call, label in possible if label not in call.labels()]
+        call, i, right = max(unknown, key=lambda one: one[0].num_right(*one[1:]))
         mistake, cure = f"no formula known here gives its {right.split('-')[-1]}", None
     x, expected, got = smallest(call, i, right, args)
     t, env = np.argwhere(~np.isclose(got, expected, 1e-4, 1e-4) & ~x.resets)[0].tolist()
@@ -790,7 +815,7 @@ def judge(function, name, given, args):
     return report | {
         "verdict": "mistake" if cure else "unknown mistake", "mistake": mistake, "cure": cure, "t": t, "env": env,
         "expected": float(expected[t, env]), "got": float(got[t, env]), "called_with": str(call),
-        "notes": assumptions(call, args),
+        "notes": assumptions(call, args) + ["expected and got are lambda-returns"] * (right == "lambda-returns"),
         "rollout": {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in rollout.items()},
     }  # fmt: skip
 

@@ -186,7 +186,7 @@ def test_images_and_box_actions_train(env_id):
 # Processes and their ends. The environments of this module note in a file which processes they live in.
 
 ENVIRONMENTS = """
-import os, signal, sys, time
+import os, random, signal, sys, time
 import gymnasium as gym, numpy as np, torch
 
 class Counter(gym.Env):
@@ -220,12 +220,27 @@ class Leaves(Counter):
         if int(open("processes").readline().split()[0]) == os.getpid():  # of the workers, one leaves
             raise SystemExit
 
+class Hangs(Counter):
+    def fail(self):
+        signal.pause()
+
+class Closes(Raises):
+    def close(self):
+        with open("closed", "a") as file:
+            print(os.getpid(), file=file)
+
+class Draws(Counter):
+    def step(self, action):
+        with open("draws", "a") as file:
+            print(random.random(), np.random.random(), file=file)
+        return super().step(action)
+
 class GivesNan(Counter):
     def step(self, action):
         obs, _, *rest = super().step(action)
         return obs, float("nan") if self.steps == 100 else 1.0, *rest
 
-for env in (Counter, Raises, Dies, Leaves, GivesNan):
+for env in (Counter, Raises, Dies, Leaves, Hangs, Closes, Draws, GivesNan):
     gym.register(f"{env.__name__}-v0", env)
 """
 
@@ -257,6 +272,48 @@ def test_a_worker_that_fails_ends_the_run(tmp_path, env, message, start_method):
     assert error.count(message) == 1
     assert error.count("Traceback") == (0 if env == "Dies" else 1)
     assert out == ""
+
+
+def test_a_worker_that_fails_closes_its_environments(tmp_path):
+    code, _, error = finish(start(tmp_path, "Closes"))
+    assert code == 1 and "the environment is broken" in error
+    closed = Path("closed").read_text().split()
+    assert set(closed) & {line.split()[0] for line in Path("processes").read_text().splitlines()}
+
+
+def test_a_second_sigterm_ends_workers_that_hang(tmp_path):
+    process = start(tmp_path, "Hangs")
+    wait_for(lambda: Path("processes").exists() and len(Path("processes").read_text().splitlines()) == 2)
+    time.sleep(1)  # until the hundredth step
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None  # it waits for them
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 143
+
+
+def test_a_signal_is_heeded_though_reports_come_faster_than_they_are_logged():
+    counter, run = multiprocessing.Value("q", 0), types.SimpleNamespace(signal=None)
+    reports = types.SimpleNamespace(empty=lambda: counter.value == 9, get=lambda: "a report")  # without an end
+    workers = types.SimpleNamespace(processes=[], join=lambda timeout: counter.value == 9)
+    arrivals = a3c.arrivals(workers, reports, run, counter, 9)
+    assert [next(arrivals) for _ in range(100)] == ["a report"] * 100
+    run.signal = signal.SIGTERM
+    assert len(list(arrivals)) <= 1
+
+
+def test_the_number_of_workers_and_the_lock_may_change():
+    checkpoint = {"args": {"num_workers": 8, "lock": True}, "global_step": 1000}
+    a3c.check_args(a3c.Args(num_workers=2, lock=False, total_timesteps=2000), checkpoint=checkpoint)
+
+
+def test_the_environments_of_two_workers_draw_different_numbers(tmp_path, monkeypatch):
+    (tmp_path / "environments.py").write_text(ENVIRONMENTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    a3c.train(a3c.Args("environments:Draws-v0", num_workers=2, num_steps=8, total_timesteps=160))
+    draws = [line.split() for line in Path("draws").read_text().splitlines()]
+    assert len(draws) == 160
+    assert all(len(set(column)) == 160 for column in zip(*draws))
 
 
 def test_a_start_method_may_change_and_must_be_one_of_the_system(monkeypatch):
@@ -322,11 +379,15 @@ def test_ctrl_c_and_sigterm_end_the_run_and_keep_its_log(tmp_path, number, code,
     assert len(rows_of("run")) >= 5
 
 
-def wait_for_rows(count, seconds=120):
+def wait_for(condition, seconds=120):
     end = time.perf_counter() + seconds
-    while not Path("run/metrics.csv").exists() or len(rows_of("run")) < count:
+    while not condition():
         assert time.perf_counter() < end
         time.sleep(0.05)
+
+
+def wait_for_rows(count):
+    wait_for(lambda: Path("run/metrics.csv").exists() and len(rows_of("run")) >= count)
 
 
 def test_a_worker_killed_from_outside_ends_the_run(tmp_path):

@@ -204,6 +204,8 @@ def loop_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambd
             trace = gae_lambda
         elif bug == "neither":
             trace = 1.0
+        elif bug == "squared":
+            trace = gamma * gae_lambda**2
         elif bug == "no trace":
             trace = 0.0
         elif bug == "swapped":
@@ -221,7 +223,9 @@ def loop_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambd
         elif bug == "reward late":
             reward = rewards[t - 1] if t else 0.0 * reward
         delta = np.asarray(reward) + discount * np.where(termination, 0.0, next_value) - np.asarray(value)
-        advantages[t] = advantage = delta + trace * np.where(done, 0.0, advantage)
+        first = discount if bug == "next return" else trace  # as r + gamma G' - V does it, where G' is of lambda
+        advantages[t] = delta + first * np.where(done, 0.0, advantage)
+        advantage = delta + trace * np.where(done, 0.0, advantage)
     if bug == "normalised":
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     return {"sign": -advantages, "reversed": advantages[::-1]}.get(bug, advantages)
@@ -246,7 +250,9 @@ NAMES = {
     "no lambda": "lambda missing in the trace",
     "no gamma": "gamma missing in the trace",
     "neither": "gamma and lambda missing in the trace",
+    "squared": "gamma or lambda squared in the trace",
     "no trace": "no trace, only the TD error",
+    "next return": "the TD error with the next lambda-return for V(s_{t+1})",
     "swapped": "gamma and lambda swapped",
     "no gamma in delta": "gamma missing in delta",
     "lambda in delta": "lambda in delta",
@@ -796,14 +802,76 @@ def test_wrong_returns_are_compared_with_returns():
     def in_reverse(rewards, values, last_value, dones, gamma, lam):
         return (textbook(rewards, values, last_value, dones, gamma, lam) + values)[::-1]
 
-    def no_gamma_in_the_trace_squared(rewards, values, last_value, dones, gamma, lam):
+    def lambda_cubed(rewards, values, last_value, dones, gamma, lam):
         deltas = rewards + gamma * next_row(values, last_value) * (1 - dones) - values
-        return recursion(deltas, gamma * lam**2 * (1 - dones)) + values
+        return recursion(deltas, gamma * lam**3 * (1 - dones)) + values
 
     assert verdict(next_row_added)["mistake"] == "the returns are advantages + the next row of values"
     assert verdict(in_reverse)["mistake"] == "the advantages come out in reverse"
-    report = verdict(no_gamma_in_the_trace_squared)
+    report = verdict(lambda_cubed)
     assert report["verdict"] == "unknown mistake" and "its returns" in report["mistake"]
+    assert report["notes"] == ["expected and got are lambda-returns"]
+
+
+def one_episode(rewards, values, last_value, last_done, gamma, lam):
+    """Its one flag tells whether the last step has ended the episode."""
+    no = np.zeros(np.shape(rewards), bool)
+    last_value = last_value * (1 - np.asarray(last_done, float))
+    return loop_gae(rewards, values, next_row(values, last_value), no, no, gamma, lam)
+
+
+def test_a_flag_of_the_last_step_alone():
+    def ignored(rewards, values, last_value, last_done, gamma, lam):
+        return one_episode(rewards, values, last_value, 0 * last_done, gamma, lam)
+
+    def wrong_way_round(rewards, values, last_value, last_done, gamma, lam):
+        return one_episode(rewards, values, last_value, 1 - last_done, gamma, lam)
+
+    report = verdict(one_episode)
+    assert report["verdict"] == "correct" and report["notes"][0].startswith("within one episode")
+    assert verdict(ignored)["mistake"] == "bootstraps past a termination"
+    assert verdict(wrong_way_round)["mistake"] == "done flag inverted"
+
+
+def test_masks_may_be_of_t_rows_or_of_t_plus_1():
+    def masks_of_t_rows(rewards, value_preds, next_value, masks, gamma, gae_lambda):
+        deltas = [rewards[t] + gamma * value_preds[t + 1] * masks[t] - value_preds[t] for t in range(len(rewards))]
+        return recursion(np.array(deltas), gamma * gae_lambda * masks[: len(rewards)])
+
+    report = verdict(masks_of_t_rows)
+    assert report["verdict"] == "correct" and "masks of T + 1 rows" in report["notes"][-1]
+    assert "masks of T + 1 rows" not in " ".join(verdict(kostrikov)["notes"])
+
+
+def test_what_only_some_flags_or_long_rollouts_show_is_noted():
+    def takes_the_type_of_dones(rewards, values, next_value, dones, gamma, lam):
+        advantages = np.zeros_like(dones)
+        advantages[:] = textbook(rewards, values, next_value, dones, gamma, lam)
+        return advantages
+
+    def divides_by_powers(rewards, values, last_value, gamma, lam):
+        powers = ((gamma * lam) ** np.arange(len(rewards))).reshape(-1, *[1] * (rewards.ndim - 1))
+        deltas = rewards + gamma * next_row(values, last_value) - values
+        with np.errstate(all="ignore"):
+            return np.cumsum((deltas * powers)[::-1], axis=0)[::-1] / powers
+
+    report = verdict(takes_the_type_of_dones)
+    assert report["verdict"] == "correct" and "flags that are booleans" in report["notes"][-1]
+    report = verdict(divides_by_powers)
+    assert report["verdict"] == "correct" and "a rollout of 1,024 steps" in report["notes"][-1]
+
+
+def test_a_function_that_fails_after_some_calls_is_judged_all_the_same():
+    calls = []
+
+    def tires(rewards, values, next_value, dones, gamma, lam):
+        calls.append(None)
+        if len(calls) > 6:
+            raise RuntimeError("tired")
+        return textbook(rewards, values, next_value, dones, gamma, lam)
+
+    report = verdict(tires)
+    assert report["verdict"] == "correct" and "goes wrong with" in report["notes"][-1]
 
 
 def test_a_result_that_is_squeezed_is_noted():
@@ -891,6 +959,26 @@ def test_an_unknown_mistake_comes_with_the_smallest_rollout():
     assert report["expected"] == pytest.approx(deltas[0] + 0.4 * deltas[1])
     assert report["got"] == pytest.approx(deltas[0] + 0.16 * deltas[1])
     assert (arrays[0] == arrays[0].round()).all() and arrays[0].max() < 10
+
+
+def test_an_unknown_mistake_is_shown_in_the_layout_in_which_most_is_right():
+    def cubed_trace(rewards, values, next_values, terminated, truncated, gamma, lam):
+        if rewards.ndim == 1:
+            raise ValueError("(N, T) is wanted")
+        deltas = rewards + gamma * next_values * (1 - terminated) - values
+        return recursion(deltas.T, gamma * lam**3 * (1 - np.maximum(terminated, truncated)).T).T
+
+    report = verdict(cubed_trace)
+    assert report["verdict"] == "unknown mistake" and "(N, T)" in report["called_with"]
+    assert np.shape(report["rollout"]["rewards"]) == (2, 1)
+
+
+def test_an_error_says_which_shapes_were_tried():
+    def flat_only(rewards, values, next_value, dones, gamma, lam):
+        num_steps, num_envs, one = rewards.shape
+
+    report = verdict(flat_only)
+    assert report["verdict"] == "error" and "wrap it in a function of yours" in report["notes"][0]
 
 
 def test_a_mistake_between_environments_needs_two_of_them():

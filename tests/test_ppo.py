@@ -605,6 +605,13 @@ def test_box_actions_are_clipped_on_their_way_into_the_environment_and_nowhere_e
     np.testing.assert_array_equal(taken, np.clip(sampled, low, high))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_box_actions_have_the_type_of_their_space(run, dtype):
+    taken = []
+    run(register(lambda: Clock(action_space=Box(-1, 1, (2,), dtype), on_action=lambda action: taken.append(action))))
+    assert {action.dtype for action in taken} == {np.dtype(dtype)}
+
+
 def test_discrete_actions_start_where_the_space_does(run):
     taken = []
     _, rows = run(register(lambda: Clock(action_space=Discrete(3, start=5), on_action=taken.append)))

@@ -155,6 +155,22 @@ class PaysTheAction(gym.Env):
         return np.zeros(3, np.float32), float(np.sum(action)), self.count == 10, False, {}
 
 
+class Careless(gym.Env):
+    """Its numbers are from the generators of Python and NumPy that a whole process shares."""
+
+    observation_space, action_space = Box(-9, 9, (2,)), Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        return np.array([random.random(), np.random.random()], np.float32), {}
+
+    def step(self, action):
+        return self.reset()[0], random.random(), np.random.random() < 0.1, False, {}
+
+
+def make_vector(num_envs, **kwargs):
+    return gym.vector.SyncVectorEnv([Noise] * num_envs)
+
+
 def make_stacked(**kwargs):
     return FrameStackObservation(gym.make("CartPole-v1", **kwargs).unwrapped, 3)
 
@@ -170,10 +186,12 @@ for env_id, entry_point, kwargs in (
     ("Stacked-v0", make_stacked, {}),
     ("Bits-v0", Flawed, {}),
     ("Endless-v0", Endless, {}),
+    ("Careless-v0", Careless, {}),
     ("FlawedReward-v0", Flawed, {"flaw": "reward"}),
     ("FlawedObservation-v0", Flawed, {"flaw": "observation"}),
 ):
     gym.register(env_id, entry_point, kwargs=kwargs, disable_env_checker=True)
+gym.register("OnlyVector-v0", vector_entry_point=make_vector)
 
 
 # Runs in this process, in a fork of it, and in a process of their own.
@@ -1102,7 +1120,7 @@ def test_a_killed_process_of_async_environments_ends_a_run_with_one_line(script,
     os.kill(workers[1], signal.SIGKILL)
     done = process.finish()
     assert done.code == 1 and done.out == ""
-    assert len(done.messages) == 1 and "async" in done.messages[0], done.messages
+    assert len(done.messages) == 1 and "async has died: " in done.messages[0], done.messages
     assert_saved(script)
 
 
@@ -1204,6 +1222,38 @@ def test_two_runs_started_at_once_get_two_folders(script, start):
         assert_saved(script, folder)
 
 
+@each_script
+def test_an_evaluation_of_one_episode_has_environments_as_training_has(script, capsys):
+    train(script, **small(script, 2), env_id="OnlyVector-v0", eval_episodes=1)
+    assert "evaluation: return" in capsys.readouterr().out
+    assert len(json.loads(Path("run/eval.json").read_text())["returns"]) == 1
+
+
+@each_script
+def test_the_same_seed_is_the_same_for_environments_that_draw_from_global_generators(script):
+    for run_dir in ("one", "two"):
+        random.seed(), np.random.seed()
+        train(script, **small(script, 3, run_dir=run_dir), env_id="Careless-v0")
+    one, two = ([{**row, "wall_time": 0, "sps": 0} for row in rows_of(run_dir)] for run_dir in ("one", "two"))
+    assert one == two and one[0]["episodic_return"] != one[1]["episodic_return"]
+
+
+@each_script
+def test_a_signal_between_the_two_handlers_is_no_error(script, monkeypatch):
+    install = signal.signal
+
+    def interrupt_at_once(number, handler):
+        old = install(number, handler)
+        if number == signal.SIGINT and getattr(handler, "__name__", "") == "receive":
+            os.kill(os.getpid(), number)
+        return old
+
+    monkeypatch.setattr(signal, "signal", interrupt_at_once)
+    with pytest.raises(SystemExit) as caught:
+        train(script, **small(script, 10**6))
+    assert caught.value.code == 130
+
+
 # Weights & Biases, of which there is none here, but what it is told is noted in a file.
 
 
@@ -1215,7 +1265,7 @@ class Wandb(types.SimpleNamespace):
         def __new__(cls, path):
             return super().__new__(cls, f"video {path} {os.path.getsize(path)}")
 
-    fails_to_start, fails_at = False, None
+    fails_to_start, fails_at, fails_to_finish = False, None, False
 
     def note(self, what, **how):
         with open("wandb.jsonl", "a") as file:
@@ -1239,6 +1289,8 @@ class Wandb(types.SimpleNamespace):
 
     def end(self, **how):
         self.note("finish", **how)
+        if self.fails_to_finish:
+            raise OSError("the disk of the service is full")
 
     def videos(self):
         return [v for metrics in self.told("log") for v in metrics.values() if str(v).startswith("video ")]
@@ -1268,7 +1320,17 @@ def test_wandb_gets_all_rows_and_a_resumed_run_has_the_same_id(script, wandb):
     assert second["id"] == "id1" and second["resume"] in ("must", "allow")
     logged = [metrics["global_step"] for metrics in wandb.told("log") if metrics]
     assert logged == [int(row["global_step"]) for row in rows_of()]
-    assert wandb.told("finish") == [{"exit_code": 0}] * 2
+    assert wandb.told("finish") == [{"exit_code": 1}, {"exit_code": 0}]
+    assert first["name"] == second["name"] == "run"
+
+
+@each_script
+def test_wandb_that_fails_in_the_end_takes_neither_the_summary_nor_the_evaluation(script, wandb, capsys):
+    wandb.fails_to_finish = True
+    train(script, **small(script, 2), track=True, eval_episodes=2)
+    out, err = capsys.readouterr()
+    assert "steps in" in out and "evaluation: return" in out
+    assert err.count("--track: the disk of the service is full") == 1
 
 
 @each_script
@@ -1363,6 +1425,21 @@ def test_without_moviepy_videos_are_refused(script, start, monkeypatch):
     done = start(script, **small(script, 2), capture_video=True).finish()
     assert_refused(done, "--capture-video", "moviepy")
     assert not Path("run").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no fork")
+def test_videos_are_not_of_forks_of_a_process_that_has_rendered(monkeypatch, rendering):
+    asked, start = [], a3c.mp.start_processes
+
+    def spy(*args, start_method, **kwargs):
+        asked.append(start_method)
+        return start(*args, start_method=start_method, **kwargs)
+
+    monkeypatch.setattr(a3c.mp, "start_processes", spy)
+    for capture_video in (False, True):
+        flags = small("a3c", 1, run_dir=f"run{capture_video}", start_method="fork", env_id="CartPole-v1")
+        train("a3c", **flags, capture_video=capture_video)
+    assert asked == ["fork", "spawn"]
 
 
 @needs_proc
