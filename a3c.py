@@ -420,8 +420,8 @@ def worker(
             check_finite((iteration + 1) * T * N, loss=loss.item(), gradient=theta.grad.numpy())
             with update_lock:
                 optimizer.step()
-                staleness = num_updates.value - num_updates_before
                 with num_updates.get_lock():
+                    staleness = num_updates.value - num_updates_before
                     num_updates.value += 1
             if args.normalize_obs:
                 with lock:
