@@ -1376,7 +1376,8 @@ def test_videos_of_training_and_evaluation_are_left_in_the_folder(script, render
 
 @each_script
 def test_the_first_video_is_of_the_first_episode(script, rendering):
-    train(script, **small(script, 1, env_id="Endless-v0"), capture_video=True)
+    env_id = f"{__name__}:Endless-v0"  # which a spawned worker of a3c.py has to import
+    train(script, **small(script, 1, env_id=env_id), capture_video=True)
     assert videos() == ["run/videos/training-from-0-episode-0.mp4"]
 
 
