@@ -533,7 +533,7 @@ def evaluate(agent, args, run_dir):
         envs = RecordVideo(envs, f"{run_dir}/videos", record_first_only=True, name_prefix="evaluation")
     returns, quotas = [[] for _ in range(N)], [num_episodes // N + (i < num_episodes % N) for i in range(N)]
     torch.manual_seed(args.seed)
-    obs, _ = envs.reset(seed=int(np.random.default_rng((args.seed, 2)).integers(2**31 - N)))  # not training's
+    obs, _ = envs.reset(seed=int(np.random.default_rng((args.seed, 2)).integers(2**31 - N)))  # others than training's
     step = 0
     while any(len(ours) < quota for ours, quota in zip(returns, quotas)):
         with torch.no_grad():
@@ -718,7 +718,7 @@ class Run:
         self.send(metrics)
 
     def send(self, metrics, exit_code=None):
-        """Send metrics and new videos to Weights & Biases; the newest video, which may be half written, at the end."""
+        """Send metrics and new videos to Weights & Biases; with an exit code, the newest video, too, whole by then."""
         if self.wandb is None:
             return
         try:

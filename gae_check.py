@@ -513,10 +513,9 @@ class Call:
         self.same_step_ends = [end for end in self.ends if sees_next or end == "terminated"]
         no_bootstrap = not self.long_values and not self.has & {"bootstrap", "next_values"}
         no_last_done = "episode_starts" in self.has and "last_done" not in self.has and not self.long_flags
-        knows_last = "last_done" in self.has and not self.ends
-        self.last = "either" if knows_last else "running" if no_last_done else "any"
-        if no_bootstrap and not self.ends:
-            self.last = "terminated"
+        self.last = "running" if no_last_done else "any"
+        if not self.ends:  # one episode, or a part of it
+            self.last = "terminated" if no_bootstrap else "either" if "last_done" in self.has else "any"
 
     def rollout(self, args, rng, draw, next_step, gamma=0.5, gae_lambda=0.8, **size):
         gamma = gamma if self.has & {"gamma", "discounts"} else args.gamma
