@@ -53,6 +53,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
+    env_kwargs: tuple[tuple[str, int | float | bool | str], ...] = ()  # its keyword arguments: NAME VALUE NAME VALUE
     seed: int = 1  # seed of the environments, the initial weights and the actions
     total_timesteps: int = 200_000  # steps of all environments together, rounded down to whole rollouts
     num_envs: int = 16  # N, environments that step together
@@ -99,8 +100,8 @@ def make_envs(args):
     Rewards are raw, and so are the returns in the log. Continuous actions are clipped to their bounds here, on their
     way into the environment, and nowhere else.
     """
-    env_id = args.env_id.removeprefix("ale_py:")
-    is_atari = env_id.startswith("ALE/")
+    env_id = "ale_py:" * args.env_id.startswith("ALE/") + args.env_id
+    is_atari = env_id.startswith("ale_py:ALE/")
     mode = args.vectorization_mode or ("sync" if args.num_envs == 1 and not is_atari else None)
     mode = "vector_entry_point" if mode == "native" else mode
     kwargs = {"reward_clipping": False} if is_atari and mode in (None, "vector_entry_point") else {}
@@ -109,14 +110,15 @@ def make_envs(args):
     if args.capture_video:
         kwargs["render_mode"] = "rgb_array"
     try:
-        envs = gym.make_vec(f"ale_py:{env_id}" if is_atari else env_id, args.num_envs, mode, **kwargs)
+        envs = gym.make_vec(env_id, args.num_envs, mode, **kwargs, **dict(args.env_kwargs))
         if args.capture_video:
             import moviepy  # noqa: F401  which RecordVideo needs, but asks for only when an episode ends
 
             envs.reset()
             envs.render()[0].copy()  # fails here, rather than in training, if it is no image
     except Exception as error:
-        flag = f"--env-id {args.env_id}" + " --capture-video" * args.capture_video
+        flag = f"--env-id {args.env_id}" + " --env-kwargs" * bool(args.env_kwargs)
+        flag += " --capture-video" * args.capture_video
         hint = " (pip install ale-py)" if is_atari and isinstance(error, ImportError) else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{flag}: {reason}{hint}") from error

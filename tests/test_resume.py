@@ -687,6 +687,31 @@ def test_flags_that_may_change_do_and_one_that_is_repeated_is_no_conflict(script
     assert wandb.told("init")[0]["project"] == args["wandb_project_name"]
 
 
+@needs_proc
+@each_script
+def test_keyword_arguments_of_the_environment_are_those_of_the_whole_run(script, start):
+    words = ("--env-kwargs", "sutton_barto_reward", "True")  # the return is -1, however long the episode
+    flags = small(script, 8, eval_episodes=2)
+    done = start(script, *words, **flags).finish()
+    assert done.code == 0, done
+    checkpoint = load(script)
+    assert checkpoint["args"]["env_kwargs"] == (("sutton_barto_reward", True),)
+    assert json.loads(Path("run/eval.json").read_text())["returns"] == [-1.0, -1.0]
+    longer = {"resume": "run/checkpoint.pt", "total_timesteps": 2 * flags["total_timesteps"]}
+    assert start(script, **longer).finish().code == 0
+    returns = [float(row["episodic_return"]) for row in rows_of() if row["episodic_return"]]
+    assert len(returns) > 1 and set(returns) == {-1.0}
+    assert_refused(start(script, *words[:2], "False", **longer).finish(), "--env-kwargs ", "True", "checkpoint")
+
+
+@needs_proc
+@each_script
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_a_keyword_argument_that_the_environment_does_not_have_is_refused(script, env_id, start):
+    words = ("--env-id", env_id, "--env-kwargs", "lenght", "2")
+    assert_refused(start(script, *words).finish(), f"--env-id {env_id} --env-kwargs: ", "lenght")
+
+
 def damage(kind, script):
     whole = Path("run/checkpoint.pt").read_bytes()
     if kind == "flipped":
