@@ -53,7 +53,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
-    env_kwargs: tuple[tuple[str, int | float | bool | str], ...] = ()  # its keyword arguments: NAME VALUE NAME VALUE
+    env_kwargs: tuple[tuple[str, int | float | bool | None | str], ...] = ()  # keyword arguments: NAME VALUE NAME VALUE
     seed: int = 1  # seed of the environments, the initial weights and the actions
     total_timesteps: int = 200_000  # steps of all environments together, rounded down to whole rollouts
     num_envs: int = 16  # N, environments that step together
@@ -470,6 +470,7 @@ def check_args(args, world_size=1, checkpoint=None):
         "above 0": (("clip_reward",), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),
         "at least 0": (("eval_episodes",), lambda x: x >= 0),
+        "with True or False": (("env_kwargs",), lambda x: not {"true", "false"} & {*map(str, dict(x).values())}),
         "off (--no-cuda) where PyTorch finds no GPU": (("cuda",), lambda x: not x or torch.cuda.is_available()),
     }  # fmt: skip
     for rule, (names, holds) in rules.items():
@@ -477,7 +478,7 @@ def check_args(args, world_size=1, checkpoint=None):
             if not holds(getattr(args, name)):
                 raise ConfigError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(args, name)}")
     may_change = ("total_timesteps", "checkpoint_", "resume", "eval_", "capture_video", "track", "wandb_", "cuda")
-    for name, value in checkpoint["args"].items() if checkpoint else ():
+    for name, value in vars(Args(**checkpoint["args"])).items() if checkpoint else ():
         if getattr(args, name) != value and not name.startswith(may_change):
             raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
     if checkpoint and checkpoint["world_size"] != world_size and args.total_timesteps > 0:

@@ -55,7 +55,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
-    env_kwargs: tuple[tuple[str, int | float | bool | str], ...] = ()  # its keyword arguments: NAME VALUE NAME VALUE
+    env_kwargs: tuple[tuple[str, int | float | bool | None | str], ...] = ()  # keyword arguments: NAME VALUE NAME VALUE
     seed: int = 1  # seed of the environments, the initial weights and the actions
     total_timesteps: int = 200_000  # steps of all workers together, rounded down to whole rollouts
     num_workers: int = os.cpu_count() or 1  # processes that collect and learn, without waiting for each other
@@ -545,6 +545,7 @@ def check_args(args, checkpoint=None):
         "above 0": (("clip_reward",), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),
         "at least 0": (("eval_episodes",), lambda x: x >= 0),
+        "with True or False": (("env_kwargs",), lambda x: not {"true", "false"} & {*map(str, dict(x).values())}),
         "spawn on this system": (("start_method",), lambda x: x in mp.get_all_start_methods()),
     }  # fmt: skip
     for rule, (names, holds) in rules.items():
@@ -553,7 +554,7 @@ def check_args(args, checkpoint=None):
                 raise ConfigError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(args, name)}")
     may_change = ("total_timesteps", "checkpoint_", "resume", "eval_", "capture_video", "track", "wandb_")
     may_change += ("num_workers", "lock", "start_method")
-    for name, value in checkpoint["args"].items() if checkpoint else ():
+    for name, value in vars(Args(**checkpoint["args"])).items() if checkpoint else ():
         if getattr(args, name) != value and not name.startswith(may_change):
             raise ConfigError(f"--{name.replace('_', '-')} is {value} in the checkpoint; leave it out")
     is_done = checkpoint and args.total_timesteps // rollout_size <= checkpoint["global_step"] // rollout_size

@@ -68,7 +68,7 @@ def train(name, args):
         "policy_kwargs": {"log_std_init": args.log_std_init},
     }
     if name == "a2c":
-        settings |= {"use_rms_prop": args.optimizer == "rmsprop"}
+        settings |= {"use_rms_prop": args.optimizer == "rmsprop", "rms_prop_eps": 1e-5**0.5}  # its own is 1e-5
     else:
         settings |= {
             "batch_size": args.num_envs * args.num_steps // args.num_minibatches,

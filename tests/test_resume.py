@@ -704,6 +704,25 @@ def test_keyword_arguments_of_the_environment_are_those_of_the_whole_run(script,
     assert_refused(start(script, *words[:2], "False", **longer).finish(), "--env-kwargs ", "True", "checkpoint")
 
 
+@each_script
+def test_a_checkpoint_of_no_keyword_arguments_is_not_resumed_with_one(script):
+    train(script, **small(script, 1))
+    checkpoint = load(script)
+    del checkpoint["args"]["env_kwargs"]  # as those written before there was the flag
+    torch.save(checkpoint, "run/checkpoint.pt")
+    total = small(script, 2)["total_timesteps"]
+    with pytest.raises(MODULES[script].ConfigError, match="--env-kwargs .* in the checkpoint"):
+        resume(script, total_timesteps=total, env_kwargs=(("sutton_barto_reward", True),))
+    resume(script, total_timesteps=total)
+
+
+@needs_proc
+@each_script
+def test_a_word_that_would_be_true_whatever_it_says_is_refused(script, start):
+    done = start(script, "--env-kwargs", "sutton_barto_reward", "false").finish()
+    assert_refused(done, "--env-kwargs must be with True or False", "'false'")
+
+
 @needs_proc
 @each_script
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
