@@ -7,6 +7,7 @@ import runpy
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -81,3 +82,32 @@ def test_each_result_is_of_the_command_that_its_run_lists(result):
     command = " ".join(benchmark_runs()[name])
     assert json.loads((RESULTS / result / "run.json").read_text())["command"] == f"python {command} --seed {seed}"
     assert (RESULTS / result / "metrics.csv").exists()
+
+
+CLASSIC = (None, "ppo", "sb3-ppo", "a2c", "sb3-a2c", "a3c")  # the columns after the first, by the names of the runs
+ROBOTS = ("ppo-recompute", "ppo-once", "ppo", "sb3-ppo")
+
+
+def returns_in_readme():
+    for line in README.splitlines():
+        env_id, *cells = line.strip("| ").split(" | ")
+        if re.fullmatch(r"\w+-v\d", env_id):
+            columns = zip(ROBOTS if "±" in cells[0] else CLASSIC, cells)
+            yield from ((f"{name}-{env_id}", cell) for name, cell in columns if "±" in cell)
+
+
+def test_the_returns_in_readme_are_found():
+    assert len(dict(returns_in_readme())) == 18 + 12
+
+
+@pytest.mark.parametrize("name, cell", returns_in_readme())
+def test_each_return_in_readme_is_the_mean_of_the_results_and_their_deviation(name, cell):
+    returns = [json.loads(path.read_text())["final_return"] for path in RESULTS.glob(f"{name}/*/run.json")]
+    digits = 1 if "." in cell else 0
+    expected = f"{mean(returns):,.{digits}f} ± {stdev(returns):,.{digits}f}"
+    assert cell == expected + f" ({len(returns)})" * (len(returns) != 5)
+
+
+def test_the_seconds_to_solve_are_those_that_were_measured():
+    measured = re.findall(r"seconds to solve +([\d.]+)", (ROOT / "benchmark" / "speed.txt").read_text())
+    assert re.findall(r"\| ([\d.]+) s \|", README) == measured
