@@ -71,7 +71,7 @@ class Args:
     learning_rate: float = 7e-3  # step size of the optimizer
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.98  # discount factor
-    gae_lambda: float = 1.0  # lambda of GAE: 0 is the one-step TD error, 1 the Monte Carlo return
+    gae_lambda: float = 1.0  # lambda of GAE: 0 is the one-step TD error, 1 the Monte Carlo return of the rollout
     vf_coef: float = 0.5  # weight of the value loss, half the mean squared error
     ent_coef: float = 0.0  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # bound on the global norm of the gradient; inf turns it off
@@ -113,7 +113,7 @@ def make_envs(args):
     try:
         envs = gym.make_vec(env_id, args.num_envs, mode, **kwargs, **dict(args.env_kwargs))
         if args.capture_video:
-            import moviepy  # noqa: F401  which RecordVideo needs, but asks for only when an episode ends
+            import moviepy  # noqa: F401  RecordVideo needs it, later: here its absence is one line
 
             envs.reset()
             envs.render()[0].copy()  # fails here, rather than in training, if it is no image

@@ -61,7 +61,7 @@ class Args:
     learning_rate: float = 3e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.98  # discount factor
-    gae_lambda: float = 0.9  # lambda of GAE: 0 is the one-step TD error, 1 the Monte Carlo return
+    gae_lambda: float = 0.9  # lambda of GAE: 0 is the one-step TD error, 1 the Monte Carlo return of the rollout
     update_epochs: int = 4  # K, passes over each rollout
     num_minibatches: int = 4  # minibatches, and so optimizer steps, in each pass
     recompute_advantages: bool = False  # estimate the advantages anew before each further pass
@@ -83,7 +83,7 @@ class Args:
     track: bool = False  # log to Weights & Biases, too, and end at once if that cannot start
     wandb_project_name: str = "advanced-policy-optimization"  # project of --track
     wandb_entity: str | None = None  # team of --track
-    cuda: bool = False  # train on the GPU, which pays for images and not for vectors
+    cuda: bool = False  # train on the GPU, which has not been tried
     torch_deterministic: bool = True  # have cuDNN choose deterministic algorithms
 
 
@@ -113,7 +113,7 @@ def make_envs(args):
     try:
         envs = gym.make_vec(env_id, args.num_envs, mode, **kwargs, **dict(args.env_kwargs))
         if args.capture_video:
-            import moviepy  # noqa: F401  which RecordVideo needs, but asks for only when an episode ends
+            import moviepy  # noqa: F401  RecordVideo needs it, later: here its absence is one line
 
             envs.reset()
             envs.render()[0].copy()  # fails here, rather than in training, if it is no image
@@ -332,7 +332,7 @@ def train(args):
     rng = np.random.default_rng((seed, 1, global_step))  # with seed alone, it would repeat an environment's numbers
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if torch.cuda.is_available() and not args.cuda:
-        print("A GPU is there and not used: --cuda trains on it, which pays for images.", file=sys.stderr)
+        print("A GPU is there and not used: --cuda trains on it.", file=sys.stderr)
     envs = make_envs(args)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would slow small networks down, and their initial weights would depend on them

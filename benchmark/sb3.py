@@ -3,8 +3,10 @@
     python benchmark/sb3.py ppo --env-id Acrobot-v1 --total-timesteps 300000 --seed 1
     python benchmark/sb3.py a2c --env-id CartPole-v1
 
-The flags are those of ppo.py or a2c.py, whose settings are turned into those of Stable-Baselines3; what has no
-counterpart there is refused. Its learning rate falls one update ahead of ours.
+The flags are those of ppo.py or a2c.py, whose settings are turned into those of Stable-Baselines3; flags of the
+algorithm without a counterpart there are refused. What still differs: its learning rate falls one update ahead of ours,
+its running statistics change with each step, its resets are no steps, and it steps CartPole's environments one by one.
+It seeds environment i with seed + i, so that neighbouring seeds share most of their environments' seeds.
 """
 
 import csv
@@ -48,12 +50,12 @@ class Log(BaseCallback):
 
 
 def train(name, args):
-    for flag in ("recompute_advantages", "clip_vloss", "kl_coef"):
-        if getattr(args, flag, False):
+    for flag in ("recompute_advantages", "clip_vloss", "kl_coef", "env_kwargs", "clip_reward"):
+        if getattr(args, flag, False) and not (flag == "clip_reward" and args.normalize_reward):
             sys.exit(f"--{flag.replace('_', '-')} has no counterpart in Stable-Baselines3")
     torch.set_num_threads(1)
     env_kwargs = {"render_mode": None}  # SB3's own, rgb_array, has LunarLander simulate ever more particles
-    envs = make_vec_env(args.env_id, args.num_envs, seed=1000 * args.seed, env_kwargs=env_kwargs)
+    envs = make_vec_env(args.env_id, args.num_envs, env_kwargs=env_kwargs)  # the model seeds them, too
     if args.normalize_obs or args.normalize_reward:
         flags = {"norm_obs": args.normalize_obs, "norm_reward": args.normalize_reward, "gamma": args.gamma}
         envs = VecNormalize(envs, **flags, clip_reward=args.clip_reward or math.inf)

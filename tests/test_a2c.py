@@ -73,9 +73,9 @@ def test_images_and_box_actions_train(optimizer, tmp_path):
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e-2, 1.0])
-def test_rmsprop_steps_as_far_as_that_of_the_papers(scale, tmp_path, monkeypatch):
-    # The papers have g / sqrt(v + 1e-5), PyTorch g / (sqrt(v) + eps): along a gradient that vanishes, as the noise of a
-    # solved task does, eps = 1e-5 would step hundreds of times as far.
+def test_rmsprop_steps_as_far_as_that_of_the_paper(scale, tmp_path, monkeypatch):
+    # The A3C paper has g / sqrt(v + eps), PyTorch g / (sqrt(v) + eps): with the same eps, 1e-5, it would step hundreds
+    # of times as far along a gradient that vanishes, as the noise of a solved task does.
     settings, step = [], torch.optim.RMSprop.step
     monkeypatch.setattr(
         torch.optim.RMSprop, "step", lambda self: (settings.append(dict(self.param_groups[0])), step(self))
