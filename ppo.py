@@ -47,12 +47,12 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
-    env_kwargs: tuple[tuple[str, int | float | bool | None | str], ...] = ()  # keyword arguments: NAME VALUE NAME VALUE
     seed: int = 1  # seed of the environments, the initial weights, the actions and the minibatches
     total_timesteps: int = 200_000  # steps of all environments together, rounded down to whole rollouts
     num_envs: int = 64  # N, environments that step together
     num_steps: int = 32  # T, steps of each environment in a rollout
     vectorization_mode: Literal["sync", "async", "native"] | None = None  # None: native where it pays, else sync
+    env_kwargs: tuple[tuple[str, int | float | bool | str], ...] | None = None  # arguments of environments: NAME VALUE
     normalize_obs: bool = False  # standardize observations by their running mean and variance, and clip them to +-10
     normalize_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     clip_reward: float | None = None  # bound on |reward|, after any normalization: 10 goes with it, 1 with Atari
@@ -111,7 +111,7 @@ def make_envs(args):
     if args.capture_video:
         kwargs["render_mode"] = "rgb_array"
     try:
-        envs = gym.make_vec(env_id, args.num_envs, mode, **kwargs, **dict(args.env_kwargs))
+        envs = gym.make_vec(env_id, args.num_envs, mode, **kwargs, **dict(args.env_kwargs or ()))
         if args.capture_video:
             import moviepy  # noqa: F401  RecordVideo needs it, later: here its absence is one line
 
@@ -521,7 +521,7 @@ def check_args(args, world_size=1, checkpoint=None):
         "above 0": (("clip_reward", "target_kl"), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("clip_coef", "max_grad_norm"), lambda x: x > 0),
         "at least 0": (("eval_episodes",), lambda x: x >= 0),
-        "with True or False": (("env_kwargs",), lambda x: not {"true", "false"} & {*map(str, dict(x).values())}),
+        "with True or False": (("env_kwargs",), lambda x: not {"true", "false"} & {*map(str, dict(x or ()).values())}),
         "off (--no-cuda) where PyTorch finds no GPU": (("cuda",), lambda x: not x or torch.cuda.is_available()),
     }  # fmt: skip
     for rule, (names, holds) in rules.items():

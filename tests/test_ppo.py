@@ -1165,7 +1165,7 @@ def test_a_setting_out_of_range_is_refused_by_the_name_of_its_flag(refusal, name
         ("eval_episodes", (0, 10**9)),
         ("total_timesteps", (32, 10**12)),
         *((name, (None,)) for name in ("clip_reward", "target_kl")),
-        ("env_kwargs", ((), (("a", True), ("b", None), ("c", "word")), {"a": [1.0, 2.0]})),
+        ("env_kwargs", (None, (("a", True), ("b", "word")), {"a": [1.0, 2.0]})),
     ],
 )
 def test_a_setting_at_the_end_of_its_range_is_accepted(name, values):
