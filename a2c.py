@@ -793,6 +793,7 @@ class Run:
 if __name__ == "__main__":
     try:
         if torch.distributed.is_torchelastic_launched():  # by torchrun
+            import torch.distributed.nn  # imported later, it would keep the process group and its threads to the end
             torch.distributed.init_process_group()
         args = tyro.cli(Args)
         if args.resume:  # flags that are not given stay as they were
@@ -804,5 +805,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        if torch.distributed.is_initialized():  # else PyTorch sometimes aborts at the exit
+        if torch.distributed.is_initialized():  # else a thread of it sometimes aborts the exit
             torch.distributed.destroy_process_group()

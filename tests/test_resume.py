@@ -607,6 +607,7 @@ def test_a_finished_run_goes_on_when_it_gets_more_steps(script):
 TWO_PROCESSES = """
 import os, signal, sys
 import torch
+import torch.distributed.nn
 import a2c, ppo
 
 torch.distributed.init_process_group()
@@ -633,6 +634,7 @@ for name, module, flags in (("ppo", ppo, {ppo}), ("a2c", a2c, {a2c})):
     torch.distributed.barrier()
     path = name + "/checkpoint.pt"
     module.train(module.Args(**module.load_checkpoint(path)["args"] | {{"resume": path}}))
+torch.distributed.destroy_process_group()
 """
 
 

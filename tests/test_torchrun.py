@@ -24,6 +24,8 @@ import a2c, ppo
 
 rank = int(os.environ.get("RANK", 0))
 if torch.distributed.is_torchelastic_launched():
+    import torch.distributed.nn
+
     torch.distributed.init_process_group()
     atexit.register(torch.distributed.destroy_process_group)
 
@@ -229,3 +231,20 @@ def test_the_script_itself_runs_under_torchrun(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"CartPole-v1: return \S+, 512 steps in \S+ s, run\n", done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="/proc lists the threads")
+@pytest.mark.parametrize("script", ["ppo.py", "a2c.py"])
+def test_no_thread_of_the_process_group_outlives_the_script(tmp_path, script):
+    """One that is still at work when the interpreter ends aborts the process: "terminate called without ..."."""
+    program = f"""
+import pathlib, runpy, sys
+sys.argv = [{script!r}, "--total-timesteps", "4096", "--run-dir", "run"]
+runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
+print("threads:", *{{task.read_text().strip() for task in pathlib.Path("/proc/self/task").glob("*/comm")}})
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run((*TORCHRUN, "2", "program.py"), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("threads:") == 2
+    assert "gloo" not in done.stdout
