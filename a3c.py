@@ -471,6 +471,8 @@ def train(args):
     """
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     check_args(args, checkpoint=checkpoint)
+    numbers = {name: x.item() for name, x in vars(args).items() if isinstance(x, np.generic)}
+    args = replace(args, **numbers)  # NumPy's would keep checkpoint.pt from being read as data
     torch.manual_seed(args.seed)
     envs = make_envs(args)
     num_threads = torch.get_num_threads()

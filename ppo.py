@@ -323,6 +323,8 @@ def train(args):
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     check_args(args, world_size, checkpoint)
+    numbers = {name: x.item() for name, x in vars(args).items() if isinstance(x, np.generic)}
+    args = replace(args, **numbers)  # NumPy's would keep checkpoint.pt from being read as data
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
     seed = args.seed * world_size + rank
     torch.manual_seed(seed)

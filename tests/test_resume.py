@@ -467,6 +467,20 @@ def test_a_checkpoint_holds_all_that_the_run_has_learned_and_was_told(script):
         assert torch.equal(process["torch_rng"], torch.get_rng_state())
 
 
+@pytest.mark.parametrize("script", MODULES)
+def test_settings_may_be_numbers_of_numpy(script):
+    flags = small(script, 2) | {"learning_rate": np.float64(1e-3), "gamma": np.float32(0.5), "seed": np.int64(3)}
+    flags |= {"ent_coef": np.float64(0.01), "anneal_lr": np.bool_(True)}
+    train(script, **flags | ({"kl_coef": np.float64(0.5)} if script == "ppo" else {}))
+    saved = load(script)["args"]
+    assert saved == json.loads(Path("run/args.json").read_text())
+    assert {name: saved[name] for name in ("learning_rate", "gamma", "seed")} == {
+        "learning_rate": 1e-3, "gamma": 0.5, "seed": 3
+    }  # fmt: skip
+    resume(script, total_timesteps=small(script, 4)["total_timesteps"])
+    assert len(rows_of()) == 4
+
+
 class Exploit:
     def __reduce__(self):
         return Path.touch, (Path("was_run"),)
