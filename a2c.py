@@ -115,7 +115,8 @@ def make_envs(args):
             import moviepy  # noqa: F401  RecordVideo needs it, later: here its absence is one line
 
             envs.reset()
-            envs.render()[0].copy()  # fails here, rather than in training, if it is no image
+            if not isinstance(frames := envs.render(), (list, tuple)) or np.ndim(frames[0]) != 3:
+                raise ValueError("render() must return a list with an image, (H, W, 3), of each environment")
     except Exception as error:
         flag = f"--env-id {args.env_id}" + " --env-kwargs" * bool(args.env_kwargs)
         flag += " --capture-video" * args.capture_video
@@ -134,8 +135,9 @@ def make_envs(args):
     if isinstance(action_space, Box):
         low, high, dtype = action_space.low, action_space.high, action_space.dtype
         envs = TransformAction(envs, lambda actions: actions.clip(low, high).astype(dtype, copy=False))
-    elif action_space.start != 0:
-        envs = TransformAction(envs, lambda actions: actions + action_space.start)
+    elif action_space.start != 0 or action_space.dtype != np.int64:
+        start, dtype = int(action_space.start), action_space.dtype
+        envs = TransformAction(envs, lambda actions: (actions + start).astype(dtype))
     return envs
 
 
@@ -461,6 +463,7 @@ def check_args(args, world_size=1, checkpoint=None):
     """Raise a ConfigError for the first setting that is out of range, or does not fit the others or the checkpoint."""
     rollout_size = args.num_envs * args.num_steps * world_size
     fewest_steps, fewest_in_all = 2 if args.num_envs > 1 else 4, 0 if checkpoint else rollout_size
+    words = {repr(word) for word in ("true", "false", "yes", "no", "on", "off", "none")}  # each of which is true
     rules = {
         "from 0 to 2147483647": (("seed",), lambda x: 0 <= x < 2**31),
         "at least 1": (("num_envs", "checkpoint_interval"), lambda x: x >= 1),
@@ -472,7 +475,7 @@ def check_args(args, world_size=1, checkpoint=None):
         "above 0": (("clip_reward",), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),
         "at least 0": (("eval_episodes",), lambda x: x >= 0),
-        "with True or False": (("env_kwargs",), lambda x: not {"true", "false"} & {*map(str, dict(x or ()).values())}),
+        "with True or False, not None": (("env_kwargs",), lambda x: not words & {repr(v).lower() for _, v in x or ()}),
         "off (--no-cuda) where PyTorch finds no GPU": (("cuda",), lambda x: not x or torch.cuda.is_available()),
     }  # fmt: skip
     for rule, (names, holds) in rules.items():
@@ -567,7 +570,8 @@ def evaluate(agent, args, run_dir):
 
 def env_parts(env):
     """An environment and all the wrappers and environments inside it, outermost first."""
-    inside = [vars(env)["env"]] if "env" in vars(env) else vars(env).get("envs", [])
+    is_wrapper = isinstance(env, (gym.Wrapper, gym.vector.VectorWrapper))
+    inside = [env.env] if is_wrapper else env.envs if isinstance(env, gym.vector.SyncVectorEnv) else ()
     return [env, *(part for inner in inside for part in env_parts(inner))]
 
 
@@ -678,9 +682,9 @@ class Run:
         self.bar = tqdm(total=total_timesteps, initial=self.global_step, desc=args.env_id, unit="step", unit_scale=True)
 
     def __enter__(self):
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        handlers = {number: signal.getsignal(number) for number in signals}
+        self.handlers = {number: old for number, old in handlers.items() if old not in (signal.SIG_IGN, None)}
         for number in self.handlers:
             signal.signal(number, self.receive)
         return self
@@ -788,7 +792,10 @@ class Run:
             self.send({"global_step": self.global_step}, exit_code=1 if error or is_stopped else 0)
         if is_stopped:
             sys.exit(128 + self.signal)
-        if processes and isinstance(error, (EOFError, ConnectionError)):
+        if isinstance(error, SystemExit) and not error.code:  # which looks like success
+            raise RunError("something in the environment has called sys.exit") from error
+        is_own = error and any(isinstance(x, Exception) for x in error.args)  # the environment's, not of its pipe
+        if processes and isinstance(error, (EOFError, ConnectionError)) and not is_own:
             raise RunError(f"a process of --vectorization-mode async has died: {error!r}") from error
 
 

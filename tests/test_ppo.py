@@ -619,6 +619,14 @@ def test_discrete_actions_start_where_the_space_does(run):
     assert np.isfinite(column(rows, "policy_loss")).all()
 
 
+@pytest.mark.parametrize("start, dtype", [(0, np.uint8), (-1, np.int32), (2, np.uint64)])
+def test_discrete_actions_have_the_type_of_their_space(run, start, dtype):
+    taken, space = [], Discrete(3, start=start, dtype=dtype)
+    run(register(lambda: Clock(action_space=space, on_action=taken.append)))
+    assert set(taken) == {start, start + 1, start + 2}
+    assert {action.dtype for action in taken} == {np.dtype(dtype)}
+
+
 def test_one_transition_in_two_rows_is_enough_for_the_most_minibatches(run):
     env_id = register(lambda: Clock(length=1, ends_by="termination"))
     _, rows = run(env_id, num_envs=2, num_steps=4, total_timesteps=64, num_minibatches=2)
@@ -1122,7 +1130,7 @@ WRONG_SETTINGS = [
         for value in (-1.0, 0.0, math.nan)
     ),
     *(("log_std_init", value) for value in (-20.1, 20.1, math.nan, math.inf, -math.inf)),
-    *(("env_kwargs", (("a", 1), ("b", value))) for value in ("true", "false")),
+    *(("env_kwargs", (("a", 1), ("b", value))) for value in ("true", "false", "FALSE", "no", "Off", "None")),
 ]
 
 

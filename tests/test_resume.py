@@ -76,6 +76,10 @@ def broken():
     raise ValueError("the environment is broken")
 
 
+def disconnected():
+    raise ConnectionResetError("the simulator has gone")
+
+
 def blocked():
     Path("blocked").touch()
     while True:
@@ -117,6 +121,14 @@ class Flawed(gym.Env):
         is_last = self.count == 10
         obs = self.observe(math.nan if is_last and self.flaw == "observation" else 1)
         return obs, math.nan if is_last and self.flaw == "reward" else 1.0, is_last, False, {}
+
+
+class Owner(Noise):
+    """It has attributes by the names that Gymnasium's wrappers have for what is inside them."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        vars(self).update(attributes)
 
 
 class Endless(gym.Env):
@@ -179,6 +191,11 @@ for env_id, entry_point, kwargs in (
     ("Noise-v0", Noise, {}),
     ("Broken-v0", Noise, {"fault": broken}),
     ("Nan-v0", Noise, {"fault": lambda: math.nan}),
+    ("Exit-v0", Noise, {"fault": sys.exit}),
+    ("Disconnected-v0", Noise, {"fault": disconnected}),
+    ("OwnsNothing-v0", Owner, {"env": None}),
+    ("OwnsAnArray-v0", Owner, {"env": np.zeros(3)}),
+    ("OwnsMany-v0", Owner, {"envs": {"a": 1}}),
     ("Blocked-v0", Noise, {"fault": blocked}),
     ("Uneven-v0", Uneven, {}),
     ("PaysDiscrete-v0", PaysTheAction, {"action_space": Discrete(2)}),
@@ -1184,6 +1201,47 @@ def test_a_killed_process_of_async_environments_ends_a_run_with_one_line(script,
     assert_saved(script)
 
 
+@needs_proc
+@the_exact_scripts
+def test_an_error_of_the_connection_of_async_environments_themselves_is_told_as_it_is(script):
+    with pytest.raises(ConnectionResetError, match="the simulator has gone"):
+        train(script, **small(script, 100, env_id="Disconnected-v0"), vectorization_mode="async")
+
+
+@the_exact_scripts
+def test_an_environment_that_leaves_is_no_success(script):
+    with pytest.raises(MODULES[script].RunError, match="sys.exit"):
+        train(script, **small(script, 100, env_id="Exit-v0"))
+    assert_saved(script)
+
+
+@each_script
+def test_an_environment_may_have_attributes_by_the_names_of_those_of_wrappers(script):
+    for env_id in ("OwnsNothing-v0", "OwnsAnArray-v0", "OwnsMany-v0"):
+        flags = small(script, 2, env_id=f"{__name__}:{env_id}", run_dir=env_id)
+        train(script, **flags)
+        resume(script, env_id, total_timesteps=2 * flags["total_timesteps"])
+
+
+@each_script
+def test_a_signal_that_is_ignored_stays_so(script, monkeypatch):
+    log = MODULES[script].Run.log
+    monkeypatch.setattr(MODULES[script].Run, "log", lambda *a: (os.kill(os.getpid(), signal.SIGINT), log(*a)))
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what runs in the background
+    try:
+        train(script, **small(script, 6))
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert len(rows_of()) == 6
+
+
+def test_torchrun_is_refused_by_a3c(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(a3c.ConfigError, match="--num-workers"):
+        train("a3c", **small("a3c", 1))
+
+
 def limit_file_size(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
@@ -1445,6 +1503,9 @@ def test_the_first_video_is_of_the_first_episode(script, rendering):
 def test_an_environment_that_shows_nothing_is_refused(script, rendering, monkeypatch):
     monkeypatch.setattr(Endless, "render", lambda self: None)
     with pytest.raises(MODULES[script].ConfigError, match="^--env-id Endless-v0 --capture-video: ."):
+        train(script, **small(script, 1, env_id="Endless-v0"), capture_video=True)
+    monkeypatch.setattr(Endless, "render", lambda self: np.zeros((64, 64), np.uint8))
+    with pytest.raises(MODULES[script].ConfigError, match="--capture-video: .*image"):
         train(script, **small(script, 1, env_id="Endless-v0"), capture_video=True)
     monkeypatch.delattr(Endless, "render")  # what is left raises an error without a text
     with pytest.raises(MODULES[script].ConfigError, match="--capture-video: NotImplementedError$"):
