@@ -6,7 +6,6 @@
 The flags are those of ppo.py or a2c.py, whose settings are turned into those of Stable-Baselines3; flags of the
 algorithm without a counterpart there are refused. What still differs: its learning rate falls one update ahead of ours,
 its running statistics change with each step, its resets are no steps, and it steps CartPole's environments one by one.
-It seeds environment i with seed + i, so that neighbouring seeds share most of their environments' seeds.
 """
 
 import csv
@@ -55,7 +54,7 @@ def train(name, args):
             sys.exit(f"--{flag.replace('_', '-')} has no counterpart in Stable-Baselines3")
     torch.set_num_threads(1)
     env_kwargs = {"render_mode": None}  # SB3's own, rgb_array, has LunarLander simulate ever more particles
-    envs = make_vec_env(args.env_id, args.num_envs, env_kwargs=env_kwargs)  # the model seeds them, too
+    envs = make_vec_env(args.env_id, args.num_envs, env_kwargs=env_kwargs)
     if args.normalize_obs or args.normalize_reward:
         flags = {"norm_obs": args.normalize_obs, "norm_reward": args.normalize_reward, "gamma": args.gamma}
         envs = VecNormalize(envs, **flags, clip_reward=args.clip_reward or math.inf)
@@ -80,6 +79,7 @@ def train(name, args):
             "target_kl": args.target_kl and args.target_kl / 1.5,  # an update ends at 1.5 times it
         }
     model = getattr(stable_baselines3, name.upper())("MlpPolicy", envs, seed=args.seed, device="cpu", **settings)
+    envs.seed(1000 * args.seed)  # the model has seeded environment i with seed + i, which neighbouring seeds share
     run_dir = Path(args.run_dir or f"runs/{args.env_id}__sb3-{name}__{args.seed}")
     run_dir.mkdir(parents=True)
     log = Log(run_dir / "metrics.csv")
