@@ -463,7 +463,8 @@ def check_args(args, world_size=1, checkpoint=None):
     """Raise a ConfigError for the first setting that is out of range, or does not fit the others or the checkpoint."""
     rollout_size = args.num_envs * args.num_steps * world_size
     fewest_steps, fewest_in_all = 2 if args.num_envs > 1 else 4, 0 if checkpoint else rollout_size
-    words = {repr(word) for word in ("true", "false", "yes", "no", "on", "off", "none")}  # each of which is true
+    forms = (str.lower, str.upper, str.title)  # of words, which would all be true, but for True and False themselves
+    words = {repr(form(word)) for word in ("true", "false", "yes", "no", "on", "off", "none") for form in forms}
     rules = {
         "from 0 to 2147483647": (("seed",), lambda x: 0 <= x < 2**31),
         "at least 1": (("num_envs", "checkpoint_interval"), lambda x: x >= 1),
@@ -475,7 +476,7 @@ def check_args(args, world_size=1, checkpoint=None):
         "above 0": (("clip_reward",), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),
         "at least 0": (("eval_episodes",), lambda x: x >= 0),
-        "with True or False, not None": (("env_kwargs",), lambda x: not words & {repr(v).lower() for _, v in x or ()}),
+        "with True or False, not None": (("env_kwargs",), lambda x: not words & {*map(repr, dict(x or ()).values())}),
         "off (--no-cuda) where PyTorch finds no GPU": (("cuda",), lambda x: not x or torch.cuda.is_available()),
     }  # fmt: skip
     for rule, (names, holds) in rules.items():
