@@ -91,7 +91,7 @@ class ConfigError(Exception):
 
 
 class RunError(Exception):
-    """What ends a run besides its own errors: a full disk, or a process of the environments that was killed."""
+    """What ends a run besides its own errors: a full disk, a killed process of the environments, a sys.exit in one."""
 
 
 def make_envs(args):
@@ -684,7 +684,7 @@ class Run:
 
     def __enter__(self):
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        handlers = {number: signal.getsignal(number) for number in signals}
+        handlers = {number: signal.getsignal(number) for number in signals}  # those that a shell has ignored stay so
         self.handlers = {number: old for number, old in handlers.items() if old not in (signal.SIG_IGN, None)}
         for number in self.handlers:
             signal.signal(number, self.receive)

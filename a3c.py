@@ -679,7 +679,7 @@ class Run:
 
     def __enter__(self):
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        handlers = {number: signal.getsignal(number) for number in signals}
+        handlers = {number: signal.getsignal(number) for number in signals}  # those that a shell has ignored stay so
         self.handlers = {number: old for number, old in handlers.items() if old not in (signal.SIG_IGN, None)}
         for number in self.handlers:
             signal.signal(number, self.receive)
