@@ -85,7 +85,7 @@ def test_each_result_is_of_the_command_that_its_run_lists(result):
 
 
 CLASSIC = (None, "ppo", "sb3-ppo", "a2c", "sb3-a2c", "a3c")  # the columns after the first, by the names of the runs
-ROBOTS = ("ppo-recompute", "ppo-once", "ppo", "sb3-ppo")
+ROBOTS = ("ppo-recompute", "ppo", "sb3-ppo")
 
 
 def returns_in_readme():
@@ -97,7 +97,7 @@ def returns_in_readme():
 
 
 def test_the_returns_in_readme_are_found():
-    assert len(dict(returns_in_readme())) == 18 + 12
+    assert len(dict(returns_in_readme())) == 18 + 9
 
 
 @pytest.mark.parametrize("name, cell", returns_in_readme())
