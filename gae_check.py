@@ -19,6 +19,7 @@ Read `compute_gae` first, then the formulas below it, `bias_variance`, and `MIST
 """
 
 import contextlib
+import difflib
 import functools
 import importlib
 import inspect
@@ -324,6 +325,10 @@ def normalised(advantages, axis=None, ddof=0):
     return (advantages - advantages.mean(axis)) / (advantages.std(axis, ddof=ddof) + 1e-8)
 
 
+def finished(*functions):
+    return [lambda x, function=function: {"finish": function} for function in functions]
+
+
 DELTA, TRACE = "delta_t = r_t + gamma V(s_{t+1}) - V(s_t)", "A_{t+1} is multiplied by gamma lambda (1 - done)"
 FLAG, REWARD = "step t takes the done flag that it returned itself", "step t takes the reward that it returned itself"
 NO_MASK = "the ends of episodes are ignored"  # two mistakes in one, and so no half of a pair
@@ -343,6 +348,13 @@ MISTAKES = [
      "after a done, values[t + 1] is another episode's: use V of the true last observation, 0 after a termination",
      [lambda x: {"next_values": x.values[1:]},
       lambda x: {"next_values": x.values[1:], "terminations": x.dones & False}]),
+    ("bootstraps every step from V(s_T)", "in a backward loop, V(s_t) is the next value of step t - 1",
+     [lambda x: {"next_values": x.values[-1:] + 0.0 * x.next_values}]),
+    ("bootstraps the last step from V(s_0)", "np.roll wraps round: the last step needs V(s_T)",
+     [lambda x: {"next_values": with_last(x.next_values, x.values[0])}]),
+    ("the bootstrap counts twice", "gamma V(s_{t+1}) belongs to the reward or to delta_t, not to both",
+     [lambda x: {"rewards": x.rewards + x.gamma * x.next_values * with_last(x.dones & False, ~x.terminations[-1])},
+      lambda x: {"rewards": x.rewards + x.gamma * x.next_values * x.truncations}]),
     ("the sum is not cut at the end of an episode", TRACE, [lambda x: {"dones": x.dones & False}]),
     ("the sum is not cut at a truncation", TRACE + "; truncated is done, too", [lambda x: {"dones": x.terminations}]),
     (NO_MASK, "V(s_{t+1}) counts as 0 after a termination, and " + TRACE,
@@ -351,10 +363,19 @@ MISTAKES = [
     ("done flag one step early", FLAG + ", not that of step t + 1",
      shifted(+1, "terminations", "dones") + shifted(+1, "dones") + shifted(+1, "terminations")),
     ("done flag one step late", FLAG + ", not that of step t - 1",
-     shifted(-1, "terminations", "dones") + shifted(-1, "dones") + shifted(-1, "terminations")),
+     shifted(-1, "terminations", "dones") + shifted(-1, "dones") + shifted(-1, "terminations")
+     + [lambda x: {"terminations": with_last(x.terminations, x.terminations[-2])}]),
+    ("terminations and truncations swapped", "only a termination zeroes V(s_{t+1})",
+     [lambda x: {"terminations": x.truncations}, lambda x: {"terminations": x.dones, "dones": x.terminations}]),
     ("a truncated step gets the advantage 0", "bootstrap it from V of its true last observation",
      [lambda x: without_delta(x, x.truncations)]),
-    ("no bootstrap at the end of the rollout", "the last step needs gamma V(s_T), as a parameter or as row T of values",
+    ("a terminated step gets the advantage 0", "there, too, delta_t = r_t - V(s_t) counts",
+     [lambda x: without_delta(x, x.terminations), lambda x: without_delta(x, x.dones)]),
+    ("the reward of a terminated step is dropped", "only V(s_{t+1}) counts as 0 after a termination",
+     [lambda x: {"rewards": x.rewards * ~x.terminations},
+      lambda x: {"rewards": x.rewards * ~x.dones, "terminations": x.dones}]),
+    ("no bootstrap at the end of the rollout",
+     "unless it always ends an episode, the last step needs gamma V(s_T), as a parameter or as row T of values",
      [lambda x: {"next_values": with_last(x.next_values, 0.0)}]),
     ("the last step's termination is ignored", "V(s_T), too, counts as 0 after a termination",
      [lambda x: {"terminations": with_last(x.terminations, False)}]),
@@ -363,29 +384,53 @@ MISTAKES = [
       lambda x: {"terminations": with_last(x.terminations, ~x.terminations[-1])}]),
     ("the last step is left out", "begin with t = T - 1",
      [lambda x: without_delta(x, with_last(x.dones & False, True))]),
+    ("the first step is left out", "end with t = 0: range(T - 1, -1, -1)",
+     finished(lambda advantages: np.concatenate([0.0 * advantages[:1], advantages[1:]]))),
     ("lambda missing in the trace", TRACE, [lambda x: {"trace": x.gamma}]),
     ("gamma missing in the trace", TRACE, [lambda x: {"trace": x.gae_lambda}]),
     ("gamma and lambda missing in the trace", TRACE, [lambda x: {"trace": 1.0}]),
     ("gamma or lambda squared in the trace", TRACE,
-     [lambda x: {"trace": x.gamma * x.gae_lambda**2}, lambda x: {"trace": x.gamma**2 * x.gae_lambda}]),
+     [lambda x: {"trace": x.gamma * x.gae_lambda**2}, lambda x: {"trace": x.gamma**2 * x.gae_lambda},
+      lambda x: {"trace": (x.gamma * x.gae_lambda) ** 2}]),
+    ("1 - lambda in the trace", TRACE, [lambda x: {"trace": x.gamma * (1.0 - x.gae_lambda)}]),
     ("no trace, only the TD error", TRACE, [lambda x: {"trace": 0.0}]),
     ("the TD error with the next lambda-return for V(s_{t+1})", "A_t is the lambda-return of s_t, less V(s_t)",
      [lambda x: {"next_values": x.next_values + shift(gae(x), +1, "zero") * ~x.dones, "trace": 0.0}]),
     ("gamma or lambda fixed inside", "use those that are passed",
-     [lambda x: {"gamma": 0.99, "trace": 0.99 * x.gae_lambda}, lambda x: {"trace": x.gamma * 0.95},
-      lambda x: {"gamma": 0.99, "trace": 0.99 * 0.95}]),
+     [lambda x, g=g: {"gamma": g, "trace": g * x.gae_lambda} for g in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)]
+     + [lambda x, g=g: {"gamma": g} for g in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)]
+     + [lambda x, g=g: {"trace": x.gamma * g} for g in (0.9, 0.95, 0.97, 0.98)]
+     + [lambda x: {"gamma": 0.99, "trace": 0.99 * 0.95}]),
     ("gamma and lambda swapped", DELTA, [lambda x: {"gamma": x.gae_lambda}]),
     ("gamma missing in delta", DELTA, [lambda x: {"gamma": 1.0}]),
     ("lambda in delta", DELTA, [lambda x: {"gamma": x.gamma * x.gae_lambda}]),
+    ("gamma multiplies the reward", DELTA, [lambda x: {"rewards": x.gamma * x.rewards}]),
+    ("gamma or lambda multiplies delta_t", "the sum begins with delta_t: its weights are (gamma lambda)^k, k >= 0",
+     [lambda x: {"finish": lambda advantages: x.gamma * x.gae_lambda * advantages},
+      lambda x: {"finish": lambda advantages: x.gamma * advantages}]),
+    ("1 - lambda multiplies the sum", "that factor is of the average of n-step advantages, and of no sum of delta_t",
+     [lambda x: {"finish": lambda advantages: (1.0 - x.gae_lambda) * advantages}]),
     ("the baseline V(s_t) is not subtracted", DELTA, [lambda x: {"values": 0.0 * x.values}]),
+    ("V(s_{t+1}) is subtracted for V(s_t)", DELTA,
+     [lambda x: {"values": np.concatenate([x.next_values, x.values[-1:]])}]),
     ("reward one step early", REWARD, shifted(+1, "rewards")),
     ("reward one step late", REWARD, shifted(-1, "rewards")),
     ("advantages normalised inside", "normalise where the loss is made: returns are made of the advantages as they are",
-     [lambda x, options=(axis, ddof): {"finish": lambda advantages: normalised(advantages, *options)}
-      for axis in (None, 0) for ddof in (0, 1)]),
-    ("the sign is reversed", "an advantage is what came minus what was expected", [lambda x: {"finish": np.negative}]),
+     finished(*(functools.partial(normalised, axis=axis, ddof=ddof) for axis in (None, 0) for ddof in (0, 1)),
+              lambda advantages: advantages - advantages.mean(), lambda advantages: advantages / advantages.std())),
+    ("numbers are clipped inside", "clip, if at all, what goes in or what the loss takes",
+     [lambda x, c=c: {"finish": lambda advantages: advantages.clip(-c, c)} for c in (1.0, 5.0, 10.0)]
+     + [lambda x, c=c: {"rewards": x.rewards.clip(-c, c)} for c in (1.0, 5.0, 10.0)]
+     + [lambda x: {"rewards": np.sign(x.rewards)}]),
+    ("the advantages are rounded", "keep them in an array of float32 or float64",
+     finished(np.trunc, lambda advantages: advantages.astype(np.float16))),
+    ("every step gets the advantage of the first", "append a copy: what is changed in place is one array in all places",
+     finished(lambda advantages: np.broadcast_to(advantages[:1], advantages.shape))),
+    ("the advantages are a step early or late", "store A_t in row t, after it is computed",
+     finished(lambda advantages: shift(advantages, +1, "zero"), lambda advantages: shift(advantages, -1, "zero"))),
+    ("the sign is reversed", "an advantage is what came minus what was expected", finished(np.negative)),
     ("the advantages come out in reverse", "reverse what a backward loop appends",
-     [lambda x: {"finish": np.flipud},
+     [*finished(np.flipud),
       lambda x: {"finish": lambda advantages: np.flipud(advantages + x.values[:-1]) - x.values[:-1]}]),
     ("the loop runs forward", "A_t needs A_{t+1}: loop over reversed(range(T))", [time_reversed]),
 ]  # fmt: skip
@@ -420,6 +465,7 @@ WRONG_RETURNS = {
     "the returns are advantages + next values": lambda x: gae(x) + x.next_values,
     "the returns are advantages + the next row of values": lambda x: gae(x) + x.values[1:],
     "the returns are the advantages": gae,
+    "the returns are advantages + rewards": lambda x: gae(x) + x.rewards,
     "the returns are normalised advantages + values": plus_values(lambda x: normalised(gae(x))),
     "the returns have no bootstrap": rewards_to_go,
     "the returns run on into the next episode": lambda x: rewards_to_go(replace(x, dones=x.dones & False)),
@@ -432,42 +478,48 @@ class Fault(Exception):
 
 ROLES = {  # what a parameter can mean: the names by which it is known
     "rewards": "reward rewards rew rews r rs",
-    "values": "value values val vals v vs v_s value_pred value_preds vpred baselines state_value state_values",
-    "next_values": "next_values next_vals next_v v_next v_prime v_s_ next_state_value next_state_values final_values",
+    "values": "value values val vals v vs v_s value_pred value_preds vpred vf_pred vf_preds baselines "
+    "state_value state_values value_estimates",
+    "next_values": "next_values next_vals next_v v_next value_next v_prime v_s_ next_state_value next_state_values "
+    "final_values",
     "bootstrap": "next_value next_val nextvpred last_value last_values last_val last_v bootstrap bootstrap_value",
     "terminations": "termination terminations terminated terminateds terminal terminals term terms",
     "truncations": "truncation truncations truncated truncateds trunc truncs timeout timeouts time_out time_outs",
     "dones": "done dones d ds end ends end_flag end_flags",
-    "masks": "mask masks done_mask not_done not_dones non_terminal non_terminals nonterminals",  # 1 - done
+    "masks": "mask masks done_mask not_done not_dones non_terminal non_terminals nonterminals "
+    "undone undones",  # 1 - done
     "bad_masks": "bad_mask bad_masks",  # 1 - truncation
     "episode_starts": "episode_start episode_starts starts first firsts is_first new news",
     "last_done": "next_done last_done last_dones",  # beside it, dones[t] says that s_t begins an episode
     "discounts": "discounts discount_t",  # gamma (1 - done)
-    "gamma": "gamma g discount discount_factor",
-    "gae_lambda": "lam lambda lambd lamda lmbda gae_lambda gae_lam td_lambda lambda_coefficient tau l",
+    "gamma": "gamma γ g discount discount_factor",
+    "gae_lambda": "lam λ lambda lambd lamda lmbda gae_lambda gae_lam td_lambda lambda_coefficient tau l",
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
 OR_ELSE = {"bootstrap": "next_values", "next_values": "bootstrap", "dones": "terminations"}
-DISCOUNTS = (0.9, 0.7), (0.6, 0.8), (0.99, 0.95)  # (gamma, lambda)
+ROLLOUTS = (0.9, 0.7, 9, 1.0), (0.6, 0.8, 9, 100.0), (0.99, 0.95, 160, 1.0)  # gamma, lambda, steps, size of the numbers
 FLAGS = {"terminations", "discounts"}, {"dones", "masks", "episode_starts"}, {"truncations", "bad_masks"}
 
 
 def readings(function, given):
     """Every {parameter: role} that the names of the parameters allow, the likeliest first."""
     try:
-        parameters, roles = inspect.signature(function).parameters, {}
+        parameters, roles, unknown = inspect.signature(function).parameters, {}, []
     except (TypeError, ValueError):
         raise UsageError("its parameters have no names: wrap it in a function of yours") from None
     for name, role in given.items():
         if name not in parameters or role not in ROLES:
             raise UsageError(f"--map {name}={role}: parameters: {', '.join(parameters)}; roles: {', '.join(ROLES)}")
     for name, parameter in parameters.items():
-        core = re.sub(r"^(batch|b|mb|traj)_|(_list|_arr|_array|_batch|_buf|_buffer|_tensor|_t|_)$", "", name.lower())
+        core = re.sub(r"^(batch|b|mb|traj|is)_|(_list|_arr|_array|_batch|_buf|_buffer|_tensor|_t|_)$", "", name.lower())
         if role := given.get(name) or ROLE_OF.get(name.lower()) or ROLE_OF.get(core):
             roles[name] = role
         elif parameter.default is parameter.empty and "VAR" not in parameter.kind.name:
-            raise UsageError(f"what does its parameter {name} mean? --map {name}=ROLE; roles: {', '.join(ROLES)}; "
-                             "if none fits, wrap it in a function of yours")
+            unknown.append(name)
+    if unknown:
+        maps = " ".join(f"--map {name}=ROLE" for name in unknown)
+        raise UsageError(f"what does its parameter {' and '.join(unknown)} mean? {maps}; roles: {', '.join(ROLES)}; "
+                         "if none fits, wrap it in a function of yours")
     for role in ("rewards",) if "next_values" in roles.values() else ("rewards", "values"):  # lambda-returns need none
         if role not in roles.values():
             raise UsageError(f"which of its parameters are the {role}? --map PARAMETER={role}: {', '.join(parameters)}")
@@ -502,7 +554,7 @@ class Call:
 
     def __post_init__(self):
         """What its parameters let the function know, which is all that it may be judged on."""
-        self.has = set(self.roles.values())
+        self.has, self.signature = set(self.roles.values()), inspect.signature(self.function)
         told = [bool(self.has & names) for names in FLAGS]
         if sum(told) > 1:
             self.ends = ["terminated", "truncated"]
@@ -562,7 +614,8 @@ class Call:
         for env in range(x.rewards.shape[1]) if self.layout == "(T,)" else [slice(None)]:
             resets = x.resets[..., env].T if self.layout == "(N, T)" else x.resets[..., env]
             try:
-                result = self.function(**self.arguments(x, env))
+                bound = inspect.BoundArguments(self.signature, self.arguments(x, env))
+                result = self.function(*bound.args, **bound.kwargs)
             except (Exception, SystemExit) as error:
                 frames = traceback.extract_tb(error.__traceback__)
                 where = [f" in line {frame.lineno}" for frame in frames if frame.filename != main.__code__.co_filename]
@@ -609,7 +662,7 @@ def to_numpy(data):
         return np.array([to_numpy(row) for row in data])
     if data is None:
         raise TypeError("no number")
-    return np.asarray(data.detach().cpu() if hasattr(data, "detach") else data, dtype=float)
+    return np.asarray(data.detach().cpu().double() if hasattr(data, "detach") else data, dtype=float)
 
 
 def agree(x, expected, got):
@@ -621,8 +674,8 @@ def agree(x, expected, got):
 def calls_that_run(function, given, args, faults):
     """For every reading of the parameters and every layout: the first way to call the function that works.
 
-    Two ways are tried where a function can mean either: T + 1 values, or the T of an episode that terminates, if it
-    takes neither flags nor a bootstrap; T + 1 episode starts, or T, if it is not told the last done.
+    Two ways are tried where a function can mean either: T + 1 values, or T, if it takes no bootstrap, which is right
+    for an episode that terminates; T + 1 episode starts, or T, if it is not told the last done.
     """
     plain, tensors = ("NumPy arrays", "lists"), ("tensors", "lists of tensors")
     uses_torch = "torch" in getattr(getattr(function, "__code__", None), "co_names", ())
@@ -637,14 +690,19 @@ def calls_that_run(function, given, args, faults):
             long_values = (False, True) if has_bootstrap else (True, False)
             long_flags = (True, False) if starts_only else (False, True) if has_flags else (False,)
             lengths = list(itertools.product(long_values, long_flags))
-            means_either = starts_only or not (has_flags or has_bootstrap)
-            for some in (lengths[:1], lengths[1:]) if means_either else (lengths,):
+            first = 1 if starts_only else len(lengths) // (1 if has_bootstrap else 2)
+            for some in (lengths[:first], lengths[first:]):
                 for length, *form in itertools.product(some, containers, (False, True), (False, True)):
                     call, rng = Call(function, roles, layout, *length, *form), np.random.default_rng(args.seed)
                     try:
-                        for discounts, next_step in itertools.product(DISCOUNTS, (False, True)):
-                            call.rollouts.append(call.rollout(args, rng, rng.normal, next_step, *discounts))
-                            call.outputs.append(call(call.rollouts[-1]))
+                        for (*discounts, num_steps, size), next_step in itertools.product(ROLLOUTS, (False, True)):
+                            draw = functools.partial(rng.normal, 0.0, size)
+                            x = call.rollout(args, rng, draw, next_step, *discounts, num_steps=num_steps)
+                            call.rollouts.append(x)
+                            call.outputs.append(call(x))
+                        x = call.rollouts[0]
+                        if not all(agree(x, one, other) for one, other in zip(call.outputs[0], call(x), strict=True)):
+                            raise Fault("called once more with the same arguments, it returns other numbers")
                     except Fault as fault:
                         faults.append((str(fault), str(call)))
                     else:
@@ -670,6 +728,19 @@ def mixes_environments(call):
     return None
 
 
+MIXED = "environments are mixed", "each environment has a sum of its own: nothing may reduce or join the axis N"
+
+
+def depends_on_others(call):
+    """Whether what an environment gets changes with the rewards of the others."""
+    x, i = call.rollouts[0], call.labels().index(None)
+    for kept in np.eye(x.rewards.shape[1]) if call.layout != "(T,)" else ():
+        with contextlib.suppress(Fault):
+            if not agree(x, kept * call.outputs[0][i], kept * call(replace(x, rewards=(3 * kept - 2) * x.rewards))[i]):
+                return True
+    return False
+
+
 def blame(call, num_mistakes):
     """(mistake, cure, output, what it should be) if so many mistakes at once give the numbers returned, else None."""
     labels = call.labels()
@@ -681,8 +752,7 @@ def blame(call, num_mistakes):
         cure = "subtract the values" + ("; " + TRACE) * ("gae_lambda" in call.has and labels != ["lambda-returns"])
         return f"{labels[0]} are returned for advantages", cure, 0, "advantages"
     if num_mistakes == 1 and (right := mixes_environments(call)):
-        cure = "each environment has a sum of its own: nothing may reduce or join the axis N"
-        return "environments are mixed", cure, labels.index(None), right
+        return *MIXED, labels.index(None), right
     i, known = labels.index(None), [entry for entry in MISTAKES if entry[0] != NO_MASK or num_mistakes == 1]
     single = [(name, cure, change) for name, cure, changes in known for change in changes]
     # A function that cannot know V of the true successor may take the next row's, and err with that.
@@ -703,7 +773,7 @@ def blame(call, num_mistakes):
 def smallest(call, i, right, args):
     """(rollout, expected, got) where output i is wrong: the shortest one of small numbers, with the fewest dones."""
     rng = np.random.default_rng(args.seed)
-    for num_steps, num_envs in itertools.product(range(1, 8), (1,) if call.layout == "(T,)" else (1, 2)):
+    for num_steps, num_envs in itertools.product((*range(1, 8), 20, 160), (1,) if call.layout == "(T,)" else (1, 2)):
         cases = []
         for next_step in [False, True] * 20:
             whole = functools.partial(rng.choice, np.arange(1.0, 10.0))
@@ -723,7 +793,8 @@ def remarks(call, args):
     env = 0 if call.layout == "(T,)" else slice(None)
     arguments, untouched = call.arguments(x, env), call.arguments(x, env)
     with contextlib.suppress(Exception, SystemExit):
-        call.function(**arguments)
+        bound = inspect.BoundArguments(call.signature, arguments)
+        call.function(*bound.args, **bound.kwargs)
     written = [name for name in arguments if repr(arguments[name]) != repr(untouched[name])]
     nan = np.where(x.terminations, np.nan, x.next_values)
     hard = {
@@ -734,7 +805,7 @@ def remarks(call, args):
         "NaN as V(s_{t+1}) of a terminated step": replace(x, next_values=nan, values=with_last(x.values, nan[-1])),
         "a rollout of one step": call.rollout(args, rng, rng.normal, False, num_steps=1),
         "one environment": call.rollout(args, rng, rng.normal, False, num_envs=1),
-        "a rollout of 1,024 steps": call.rollout(args, rng, rng.normal, False, num_steps=1024),
+        "a rollout of 1,024 steps": call.rollout(args, rng, rng.normal, False, 0.99, 0.95, num_steps=1024),
     }
     fails = list(hard)
     names = [name for name, role in call.roles.items() if role == "terminations"]
@@ -772,17 +843,23 @@ def remarks(call, args):
 
 def assumptions(call, args):
     """What is taken for granted of a function, right or wrong, because its parameters do not say."""
+    names = [name for name, parameter in call.signature.parameters.items() if "VAR" not in parameter.kind.name]
+    default = ", ".join(name for name in names if name not in call.roles)
     notes = [
+        (f"left at its default, so not judged: {default} (--map NAME=ROLE passes it)", default),
         (f"it takes no gamma: {args.gamma} is expected inside (--gamma)", not call.has & {"gamma", "discounts"}),
         (f"it takes no lambda: {args.gae_lambda} is expected inside (--gae-lambda)", "gae_lambda" not in call.has),
     ]  # fmt: skip
     return [note for note, holds in notes if holds]
 
 
+SILENT = "it is wrong without an error"
+
+
 def judge(function, name, given, args):
     """The verdict on a function, as the dict that --json prints."""
     report = {"function": name, "verdict": "correct", "mistake": None, "cure": None, "t": None, "env": None}
-    report |= {"expected": None, "got": None, "rollout": None, "called_with": None, "notes": []}
+    report |= {"expected": None, "got": None, "rollout": None, "called_with": None, "layout": None, "notes": []}
     faults, wrong = [], []
     for call in calls_that_run(function, given, args, faults):
         labels = call.labels()
@@ -791,8 +868,9 @@ def judge(function, name, given, args):
             others = [other for other in wrong if other.roles == call.roles and other.layout != call.layout]
             wrong = [other for other in others if None in other.labels() and mixes_environments(other)]
             if not wrong:
-                silent = [f"on {other.layout} it is wrong without an error" for other in others]
-                return report | {"called_with": str(call), "notes": silent + remarks(call, args)}
+                silent = [f"on {other.layout} {SILENT}" for other in others]
+                report |= {"called_with": str(call), "layout": call.layout}
+                return report | {"notes": silent + remarks(call, args)}
             break
         wrong.append(call)
     if not wrong:
@@ -805,29 +883,33 @@ def judge(function, name, given, args):
             break
     else:
         possible = itertools.product(wrong, ("advantages", "lambda-returns"))
-        unknown = [(call, call.labels().index(None), label) for call, label in possible if label not in call.labels()]
-        call, i, right = max(unknown, key=lambda one: one[0].num_right(*one[1:]))
-        mistake, cure = f"no formula known here gives its {right.split('-')[-1]}", None
+        nameless = [(call, call.labels().index(None), label) for call, label in possible if label not in call.labels()]
+        unmixed = [one for one in nameless if not depends_on_others(one[0])]
+        call, i, right = max(unmixed or nameless, key=lambda one: one[0].num_right(*one[1:]))
+        unknown = f"no formula known here gives its {right.split('-')[-1]}", None
+        mistake, cure = unknown if unmixed else MIXED
     x, expected, got = smallest(call, i, right, args)
     t, env = np.argwhere(~np.isclose(got, expected, 1e-4, 1e-4) & ~x.resets)[0].tolist()
     rollout = vars(x) | {"expected": expected, "got": got}
     return report | {
         "verdict": "mistake" if cure else "unknown mistake", "mistake": mistake, "cure": cure, "t": t, "env": env,
-        "expected": float(expected[t, env]), "got": float(got[t, env]), "called_with": str(call),
+        "expected": float(expected[t, env]), "got": float(got[t, env]), "called_with": str(call), "layout": call.layout,
         "notes": assumptions(call, args) + ["expected and got are lambda-returns"] * (right == "lambda-returns"),
         "rollout": {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in rollout.items()},
     }  # fmt: skip
 
 
 def describe(report):
-    lines = [": ".join(filter(None, [report["function"], report["verdict"], report["mistake"]]))]
+    where = f" on {report['layout']} alone" * any(note.endswith(SILENT) for note in report["notes"])
+    lines = [": ".join(filter(None, [report["function"], report["verdict"] + where, report["mistake"]]))]
     if x := report["rollout"]:
         lines += ["  first at t = {t}, env = {env}: expected {expected:.6g}, got {got:.6g}".format(**report)]
         if report["cure"]:
             lines += [f"  cure: {report['cure']}"]
         lines += ["  the smallest rollout that shows it, with gamma {gamma} and lambda {gae_lambda}:".format(**x)]
         lines += ["    t env    reward     value  next value  expected       got"]
-        for t, env in np.ndindex(np.shape(x["rewards"])):
+        shape = np.shape(x["rewards"])
+        for t, env in [at for at in np.ndindex(shape) if shape[0] <= 9 or report["t"] <= at[0] < report["t"] + 9]:
             numbers = [x[key][t][env] for key in ("rewards", "values", "next_values", "expected", "got")]
             ends = {"terminations": "terminated", "truncations": "truncated", "resets": "reset row"}
             end = "".join(word for key, word in ends.items() if x[key][t][env])
@@ -851,7 +933,9 @@ def load(target):
     finally:
         sys.argv = argv
     if not callable(names.get(name)):
-        raise UsageError(f"{place} has no function {name}")
+        functions = [key for key, value in names.items() if inspect.isfunction(value)]
+        likely = difflib.get_close_matches(name, functions, cutoff=0.4) or ["wrap a method in a function of yours"]
+        raise UsageError(f"{place} has no function {name}: {' or '.join(likely)}?")
     return names[name]
 
 

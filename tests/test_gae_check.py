@@ -208,6 +208,10 @@ def loop_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambd
             trace = gamma * gae_lambda**2
         elif bug == "no trace":
             trace = 0.0
+        elif bug == "both squared":
+            trace = (gamma * gae_lambda) ** 2
+        elif bug == "complement":
+            trace = gamma - gamma * gae_lambda
         elif bug == "swapped":
             discount = gae_lambda
         elif bug == "no gamma in delta":
@@ -216,6 +220,34 @@ def loop_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambd
             discount = gamma * gae_lambda
         elif bug == "fixed":
             discount, trace = 0.99, 0.99 * gae_lambda
+        elif bug == "another fixed":
+            discount = 0.98
+        elif bug == "gamma on reward":
+            reward = gamma * np.asarray(reward)
+        elif bug == "always V(s_T)":
+            next_value = next_values[-1]
+        elif bug == "wraps" and t == num_steps - 1:
+            next_value = values[0]
+        elif bug == "twice" and t == num_steps - 1:
+            reward = reward + gamma * np.where(termination, 0.0, next_value)
+        elif bug == "twice at truncation":
+            reward = reward + gamma * np.where(done & ~termination, next_value, 0.0)
+        elif bug == "flags swapped":
+            termination = done & ~termination
+        elif bug == "terminated is 0":
+            reward = np.where(termination, value, reward)
+        elif bug == "done is 0":
+            reward, next_value = np.where(done, value, reward), np.where(done, 0.0, next_value)
+        elif bug == "reward dropped":
+            reward = np.where(termination, 0.0, reward)
+        elif bug == "last flag" and t == num_steps - 1:
+            termination = terminations[t - 1]
+        elif bug == "V(s_{t+1}) for V(s_t)":
+            value = next_value
+        elif bug == "clipped rewards":
+            reward = np.clip(reward, -1, 1)
+        elif bug == "sign of rewards":
+            reward = np.sign(reward)
         elif bug == "no baseline":
             value = 0.0 * value
         elif bug == "reward early":
@@ -228,7 +260,22 @@ def loop_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambd
         advantage = delta + trace * np.where(done, 0.0, advantage)
     if bug == "normalised":
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    return {"sign": -advantages, "reversed": advantages[::-1]}.get(bug, advantages)
+    zero = np.zeros_like(advantages[:1])
+    return {
+        "sign": -advantages,
+        "reversed": advantages[::-1],
+        "first step": np.concatenate([zero, advantages[1:]]),
+        "exponents from 1": gamma * gae_lambda * advantages,
+        "1 - lambda": advantages - gae_lambda * advantages,
+        "without mean": advantages - advantages.mean(),
+        "by deviation": advantages / (advantages.std() + 1e-8),
+        "clipped": np.clip(advantages, -1, 1),
+        "integers": np.trunc(advantages),
+        "half precision": advantages.astype(np.float16).astype(float),
+        "one array": np.stack([advantages[0]] * num_steps),
+        "a step early": np.concatenate([advantages[1:], zero]),
+        "a step late": np.concatenate([zero, advantages[:-1]]),
+    }.get(bug, advantages)
 
 
 NAMES = {
@@ -261,6 +308,33 @@ NAMES = {
     "reward early": "reward one step early",
     "reward late": "reward one step late",
     "normalised": "advantages normalised inside",
+    "both squared": "gamma or lambda squared in the trace",
+    "complement": "1 - lambda in the trace",
+    "another fixed": "gamma or lambda fixed inside",
+    "gamma on reward": "gamma multiplies the reward",
+    "always V(s_T)": "bootstraps every step from V(s_T)",
+    "wraps": "bootstraps the last step from V(s_0)",
+    "twice": "the bootstrap counts twice",
+    "twice at truncation": "the bootstrap counts twice",
+    "flags swapped": "terminations and truncations swapped",
+    "terminated is 0": "a terminated step gets the advantage 0",
+    "done is 0": "a terminated step gets the advantage 0",
+    "reward dropped": "the reward of a terminated step is dropped",
+    "last flag": "done flag one step late",
+    "V(s_{t+1}) for V(s_t)": "V(s_{t+1}) is subtracted for V(s_t)",
+    "clipped rewards": "numbers are clipped inside",
+    "sign of rewards": "numbers are clipped inside",
+    "clipped": "numbers are clipped inside",
+    "first step": "the first step is left out",
+    "exponents from 1": "gamma or lambda multiplies delta_t",
+    "1 - lambda": "1 - lambda multiplies the sum",
+    "without mean": "advantages normalised inside",
+    "by deviation": "advantages normalised inside",
+    "integers": "the advantages are rounded",
+    "half precision": "the advantages are rounded",
+    "one array": "every step gets the advantage of the first",
+    "a step early": "the advantages are a step early or late",
+    "a step late": "the advantages are a step early or late",
     "sign": "the sign is reversed",
     "reversed": "the advantages come out in reverse",
     "forward": "the loop runs forward",
@@ -372,7 +446,7 @@ def parameters_of(signature):
 TWO_FLAGS = [full, gymnasium_flags, two_flags_long_values]
 ONE_FLAG = [textbook, long_values_masks, kostrikov, cleanrl, stable_baselines]
 SIGNATURES = [*TWO_FLAGS, *ONE_FLAG, time_limits_only, spinning_up, per_step_discounts]
-NEEDS_TWO_FLAGS = ["truncation", "V(s_t)", "not cut at truncation", "dropped"]
+NEEDS_TWO_FLAGS = ["truncation", "V(s_t)", "not cut at truncation", "dropped", "twice at truncation", "flags swapped"]
 NEEDS_NEXT_VALUES = ["next episode", "past termination"]
 ANYWHERE = [bug for bug in NAMES if bug not in NEEDS_TWO_FLAGS + NEEDS_NEXT_VALUES]
 
@@ -465,6 +539,7 @@ def to_go(rewards, dones, gamma):
 RETURNS = {
     "the returns are advantages + next values": lambda r, v, n, d, a, g: a + n,
     "the returns are the advantages": lambda r, v, n, d, a, g: a,
+    "the returns are advantages + rewards": lambda r, v, n, d, a, g: a + r,
     "the returns are normalised advantages + values": lambda r, v, n, d, a, g: (a - a.mean()) / (a.std() + 1e-8) + v,
     "the returns have no bootstrap": lambda r, v, n, d, a, g: to_go(r, d, g),
     "the returns run on into the next episode": lambda r, v, n, d, a, g: to_go(r, 0 * d, g),
@@ -730,6 +805,7 @@ def test_right_for_one_environment_only():
 
     report = verdict(gae)
     assert report["verdict"] == "correct" and report["notes"][0] == "on (T, N) it is wrong without an error"
+    assert gae_check.describe(report).startswith("f: correct on (T,) alone\n")
 
 
 @pytest.mark.parametrize("numbers", ["advantages", "lambda-returns"])
@@ -849,15 +925,14 @@ def test_what_only_some_flags_or_long_rollouts_show_is_noted():
         advantages[:] = textbook(rewards, values, next_value, dones, gamma, lam)
         return advantages
 
-    def divides_by_powers(rewards, values, last_value, gamma, lam):
-        powers = ((gamma * lam) ** np.arange(len(rewards))).reshape(-1, *[1] * (rewards.ndim - 1))
-        deltas = rewards + gamma * next_row(values, last_value) - values
-        with np.errstate(all="ignore"):
-            return np.cumsum((deltas * powers)[::-1], axis=0)[::-1] / powers
+    def stops_early(rewards, values, next_value, dones, gamma, lam):
+        advantages = textbook(rewards, values, next_value, dones, gamma, lam)
+        advantages[512:] = 0.0
+        return advantages
 
     report = verdict(takes_the_type_of_dones)
     assert report["verdict"] == "correct" and "flags that are booleans" in report["notes"][-1]
-    report = verdict(divides_by_powers)
+    report = verdict(stops_early)
     assert report["verdict"] == "correct" and "a rollout of 1,024 steps" in report["notes"][-1]
 
 
@@ -866,7 +941,7 @@ def test_a_function_that_fails_after_some_calls_is_judged_all_the_same():
 
     def tires(rewards, values, next_value, dones, gamma, lam):
         calls.append(None)
-        if len(calls) > 6:
+        if len(calls) > 7:
             raise RuntimeError("tired")
         return textbook(rewards, values, next_value, dones, gamma, lam)
 
@@ -945,11 +1020,11 @@ def test_notes_on_what_it_does_not_stand():
 
 
 def test_an_unknown_mistake_comes_with_the_smallest_rollout():
-    def squared_trace(rewards, values, next_value, dones, gamma, lam):
-        decay = (gamma * lam) ** 2 * (1 - dones)
+    def cubed_trace(rewards, values, next_value, dones, gamma, lam):
+        decay = (gamma * lam) ** 3 * (1 - dones)
         return recursion(rewards + gamma * next_row(values, next_value) * (1 - dones) - values, decay)
 
-    report = verdict(squared_trace)
+    report = verdict(cubed_trace)
     assert (report["verdict"], report["cure"]) == ("unknown mistake", None)
     x = report["rollout"]
     assert np.shape(x["rewards"]) == (2, 1) and not np.any(x["dones"])  # a trace needs two steps, and no more
@@ -957,7 +1032,7 @@ def test_an_unknown_mistake_comes_with_the_smallest_rollout():
     arrays = [np.array(x[key]) for key in ("rewards", "values", "next_values")]
     deltas = (arrays[0] + 0.5 * arrays[2] - arrays[1][:-1])[:, 0]
     assert report["expected"] == pytest.approx(deltas[0] + 0.4 * deltas[1])
-    assert report["got"] == pytest.approx(deltas[0] + 0.16 * deltas[1])
+    assert report["got"] == pytest.approx(deltas[0] + 0.064 * deltas[1])
     assert (arrays[0] == arrays[0].round()).all() and arrays[0].max() < 10
 
 
@@ -991,6 +1066,114 @@ def test_a_mistake_between_environments_needs_two_of_them():
     report = verdict(mixing)
     assert report["mistake"] == "environments are mixed" and report["env"] == 1
     assert np.shape(report["rollout"]["rewards"]) == (1, 2)
+
+
+def test_an_environment_that_begins_with_the_sum_of_another():
+    def environment_by_environment(rewards, values, next_value, dones, gamma, lam):
+        num_steps, num_envs = rewards.shape
+        deltas = rewards + gamma * next_row(values, next_value) * (1 - dones) - values
+        a, advantages = 0.0, np.zeros_like(deltas)
+        for env in range(num_envs):
+            for t in reversed(range(num_steps)):
+                a = advantages[t, env] = deltas[t, env] + gamma * lam * (1 - dones[t, env]) * a
+        return advantages
+
+    def joined(rewards, values, next_value, dones, gamma, lam):
+        num_steps, num_envs = rewards.shape
+        deltas = rewards + gamma * next_row(values, next_value) * (1 - dones) - values
+        return recursion(deltas.ravel(), gamma * lam * (1 - dones).ravel()).reshape(rewards.shape)
+
+    def flags_added_up(rewards, values, next_values, terminated, truncated, gamma, lam):
+        deltas = rewards + gamma * next_values * (1 - terminated) - values
+        return recursion(deltas, gamma * lam * ((1 - terminated) + (1 - truncated)))
+
+    assert verdict(environment_by_environment)["mistake"] == "environments are mixed"
+    assert verdict(joined)["mistake"] == "environments are mixed"
+    report = verdict(flags_added_up)  # which mixes them only if it is handed (N, T)
+    assert report["verdict"] == "unknown mistake" and report["layout"] != "(N, T)"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a, deltas, trace: np.clip(a, -10, 10),
+        lambda a, deltas, trace: np.stack([recursion(deltas[t : t + 16], trace[t : t + 16])[0] for t in range(len(a))]),
+        lambda a, deltas, trace: np.concatenate([a[:100], 0 * a[100:]]),
+    ],
+    ids=["clips large numbers", "looks 16 steps ahead", "ends after 100 steps"],
+)
+def test_what_only_large_numbers_or_long_rollouts_show_is_a_mistake(change):
+    def gae(rewards, values, next_value, dones, gamma, lam):
+        deltas = rewards + gamma * next_row(values, next_value) * (1 - dones) - values
+        trace = gamma * lam * (1 - dones)
+        return change(recursion(deltas, trace), deltas, trace)
+
+    report = verdict(gae)
+    assert report["verdict"] in ("mistake", "unknown mistake")
+    assert len(gae_check.describe(report).splitlines()) < 40  # of a long rollout, it shows what is near
+
+
+def test_numbers_that_depend_on_chance_or_on_earlier_calls():
+    rng, carried = np.random.default_rng(0), [0.0]
+
+    def noisy(rewards, values, next_value, dones, gamma, lam):
+        return textbook(rewards, values, next_value, dones, gamma, lam) + 0.01 * rng.normal(size=rewards.shape)
+
+    def carries_over(rewards, values, next_value, dones, gamma, lam):
+        advantages = textbook(rewards, values, next_value, dones, gamma, lam)
+        advantages[-1] += carried[0] * (1 - dones[-1])
+        carried[0] += 1.0
+        return advantages
+
+    for function in (noisy, carries_over):
+        report = verdict(function)
+        assert report["verdict"] == "error" and "once more" in report["mistake"]
+
+
+def test_parameters_without_a_keyword():
+    def gae(rewards, values, next_value, dones, /, γ, λ):  # noqa: PLC2401
+        return textbook(rewards, values, next_value, dones, γ, λ)
+
+    assert verdict(gae)["verdict"] == "correct"
+
+
+def test_what_is_left_at_its_default_is_named():
+    def gae(rewards, values, next_value, dones, gamma, lam, over=None):
+        return textbook(rewards, values, next_value, dones if over is None else over, gamma, lam)
+
+    report = verdict(gae)
+    assert report["verdict"] == "correct" and "left at its default, so not judged: over" in report["notes"][0]
+    assert verdict(gae, given=[("over", "truncations")])["verdict"] != "correct"
+
+
+def test_a_flag_with_is_before_its_name_is_passed():
+    def inverted(rewards, values, gamma, lam, next_value, is_done=None):
+        return textbook(rewards, values, next_value, 0 * rewards if is_done is None else 1 - is_done, gamma, lam)
+
+    assert verdict(inverted)["mistake"] == "done flag inverted"
+
+
+def test_all_unknown_parameters_are_asked_for_at_once():
+    def gae(rewards, values, this, that, gamma, lam):
+        raise AssertionError("is not called")
+
+    with pytest.raises(gae_check.UsageError, match="this and that mean.*--map this=ROLE --map that=ROLE"):
+        verdict(gae)
+
+
+def test_whole_episodes_that_are_zipped():
+    """T + 1 values are out of step with T rewards, without an error: it is for T."""
+
+    def gae(rewards, values, dones, gamma, lam):
+        advantages, advantage, next_value = [], 0.0, 0.0
+        for reward, value, done in zip(rewards[::-1], values[::-1], dones[::-1]):
+            advantage = reward + gamma * next_value * (1 - done) - value + gamma * lam * (1 - done) * advantage
+            advantages.append(advantage)
+            next_value = value
+        return advantages[::-1]
+
+    report = verdict(gae)
+    assert report["mistake"] == "no bootstrap at the end of the rollout" and "unless it always" in report["cure"]
 
 
 @pytest.mark.parametrize(
@@ -1158,7 +1341,8 @@ def test_cli_mistake(alone):
     process = alone("bad.py:gae", "--json")
     assert process.returncode == 1
     assert set(json.loads(process.stdout)) == {
-        "function", "verdict", "mistake", "cure", "t", "env", "expected", "got", "rollout", "called_with", "notes",
+        "function", "verdict", "mistake", "cure", "t", "env", "expected", "got", "rollout", "called_with", "layout",
+        "notes",
     }  # fmt: skip
 
 
