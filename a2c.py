@@ -476,7 +476,7 @@ def check_args(args, world_size=1, checkpoint=None):
         "above 0": (("clip_reward",), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),
         "at least 0": (("eval_episodes",), lambda x: x >= 0),
-        "with True or False, not None": (("env_kwargs",), lambda x: not words & {*map(repr, dict(x or ()).values())}),
+        "True or False, no other word": (("env_kwargs",), lambda x: not words & {*map(repr, dict(x or ()).values())}),
         "off (--no-cuda) where PyTorch finds no GPU": (("cuda",), lambda x: not x or torch.cuda.is_available()),
     }  # fmt: skip
     for rule, (names, holds) in rules.items():

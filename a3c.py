@@ -551,7 +551,7 @@ def check_args(args, checkpoint=None):
         "above 0": (("clip_reward",), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),
         "at least 0": (("eval_episodes",), lambda x: x >= 0),
-        "with True or False, not None": (("env_kwargs",), lambda x: not words & {*map(repr, dict(x or ()).values())}),
+        "True or False, no other word": (("env_kwargs",), lambda x: not words & {*map(repr, dict(x or ()).values())}),
         "spawn on this system": (("start_method",), lambda x: x in mp.get_all_start_methods()),
     }  # fmt: skip
     if torch.distributed.is_torchelastic_launched():
