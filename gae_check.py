@@ -773,11 +773,12 @@ def blame(call, num_mistakes):
 def smallest(call, i, right, args):
     """(rollout, expected, got) where output i is wrong: the shortest one of small numbers, with the fewest dones."""
     rng = np.random.default_rng(args.seed)
-    for num_steps, num_envs in itertools.product((*range(1, 8), 20, 160), (1,) if call.layout == "(T,)" else (1, 2)):
-        cases = []
+    envs = (1,) if call.layout == "(T,)" else (1, 2)
+    for size, num_steps, num_envs in itertools.product((1.0, 20.0), (*range(1, 8), 20, 160), envs):
+        cases, discounts = [], (0.99, 0.95) if num_steps > 9 else (0.5, 0.8)
         for next_step in [False, True] * 20:
-            whole = functools.partial(rng.choice, np.arange(1.0, 10.0))
-            x = call.rollout(args, rng, whole, next_step, num_steps=num_steps, num_envs=num_envs)
+            whole = functools.partial(rng.choice, size * np.arange(1.0, 10.0))
+            x = call.rollout(args, rng, whole, next_step, *discounts, num_steps=num_steps, num_envs=num_envs)
             with contextlib.suppress(Fault):
                 cases.append((x, RIGHT[right](x), call(x)[i]))
         if wrong := [case for case in cases if not agree(*case)]:
@@ -906,14 +907,17 @@ def describe(report):
         lines += ["  first at t = {t}, env = {env}: expected {expected:.6g}, got {got:.6g}".format(**report)]
         if report["cure"]:
             lines += [f"  cure: {report['cure']}"]
-        lines += ["  the smallest rollout that shows it, with gamma {gamma} and lambda {gae_lambda}:".format(**x)]
+        (num_steps, num_envs), first = np.shape(x["rewards"]), report["t"]
+        rows, part = list(np.ndindex(num_steps, num_envs)), ""
+        if num_steps > 9:  # it takes a long one: what matters is near
+            rows, part = [(t, env) for t, env in rows if env == report["env"] and first <= t < first + 9], "part of "
+        lines += [f"  {part}the smallest rollout that shows it, with gamma {x['gamma']} and lambda {x['gae_lambda']}:"]
         lines += ["    t env    reward     value  next value  expected       got"]
-        shape = np.shape(x["rewards"])
-        for t, env in [at for at in np.ndindex(shape) if shape[0] <= 9 or report["t"] <= at[0] < report["t"] + 9]:
+        for t, env in rows:
             numbers = [x[key][t][env] for key in ("rewards", "values", "next_values", "expected", "got")]
             ends = {"terminations": "terminated", "truncations": "truncated", "resets": "reset row"}
             end = "".join(word for key, word in ends.items() if x[key][t][env])
-            lines += ["    {} {:3}{:10.5g}{:10.5g}{:12.5g}{:10.5g}{:10.5g}  {}".format(t, env, *numbers, end).rstrip()]
+            lines += ["  {:3} {:3}{:10.5g}{:10.5g}{:12.5g}{:10.5g}{:10.5g}  {}".format(t, env, *numbers, end).rstrip()]
     lines += [f"  called with {report['called_with']}", *(f"  note: {note}" for note in report["notes"])]
     return "\n".join(lines)
 
