@@ -19,7 +19,6 @@ Read `compute_gae` first, then the formulas below it, `bias_variance`, and `MIST
 """
 
 import contextlib
-import difflib
 import functools
 import importlib
 import inspect
@@ -89,11 +88,12 @@ class Rollout:
 
 
 def make_rollout(rng, draw, ends, next_step, gamma, gae_lambda, last="any", num_steps=9, num_envs=3):
-    """Short episodes with numbers from `draw` and the given kinds of `ends`; `last` rules how the last row ends."""
+    """Some episodes with numbers from `draw` and the given kinds of `ends`; `last` rules how the last row ends."""
     shape = (num_steps, num_envs)
     rewards, final_values, values = (draw(size=(rows, num_envs)) for rows in (num_steps, num_steps, num_steps + 1))
-    terminations = (rng.random(shape) < 0.25) & ("terminated" in ends)
-    truncations = (rng.random(shape) < 0.25) & ("truncated" in ends) & ~terminations
+    chance = min(0.25, 2.25 / num_steps)  # long rollouts have long episodes
+    terminations = (rng.random(shape) < chance) & ("terminated" in ends)
+    truncations = (rng.random(shape) < chance) & ("truncated" in ends) & ~terminations
     if last != "any":
         chance = {"terminated": 1.0, "either": 0.5, "running": 0.0}[last]
         terminations[-1], truncations[-1] = rng.random(num_envs) < chance, False
@@ -189,7 +189,8 @@ def prove(seed):
     """The largest error of each identity over random rollouts in both layouts, with lambda from 0 to 1."""
     rng, errors = np.random.default_rng(seed), {}
     for next_step, gae_lambda in itertools.product((False, True), (0.0, 0.5, 0.95, 1.0)):
-        x = make_rollout(rng, rng.normal, ("terminated", "truncated"), next_step, 0.97, gae_lambda, num_steps=24)
+        draw = functools.partial(rng.normal, 0.0, 10.0)
+        x = make_rollout(rng, draw, ("terminated", "truncated"), next_step, 0.97, gae_lambda, num_steps=24)
         for name, ours, other in identities(x):
             errors[name] = max(errors.get(name, 0.0), float(np.abs(ours - other).max(initial=0.0)))
     return errors
@@ -370,7 +371,9 @@ MISTAKES = [
     ("a truncated step gets the advantage 0", "bootstrap it from V of its true last observation",
      [lambda x: without_delta(x, x.truncations)]),
     ("a terminated step gets the advantage 0", "there, too, delta_t = r_t - V(s_t) counts",
-     [lambda x: without_delta(x, x.terminations), lambda x: without_delta(x, x.dones)]),
+     [lambda x: without_delta(x, x.terminations)]),
+    ("the last step of every episode gets the advantage 0", "there, too, delta_t counts, with V(s_{t+1}) if truncated",
+     [lambda x: without_delta(x, x.dones)]),
     ("the reward of a terminated step is dropped", "only V(s_{t+1}) counts as 0 after a termination",
      [lambda x: {"rewards": x.rewards * ~x.terminations},
       lambda x: {"rewards": x.rewards * ~x.dones, "terminations": x.dones}]),
@@ -396,7 +399,7 @@ MISTAKES = [
     ("no trace, only the TD error", TRACE, [lambda x: {"trace": 0.0}]),
     ("the TD error with the next lambda-return for V(s_{t+1})", "A_t is the lambda-return of s_t, less V(s_t)",
      [lambda x: {"next_values": x.next_values + shift(gae(x), +1, "zero") * ~x.dones, "trace": 0.0}]),
-    ("gamma or lambda fixed inside", "use those that are passed",
+    ("gamma or lambda fixed inside", "use those that are passed; if none are, say which it has: --gamma, --gae-lambda",
      [lambda x, g=g: {"gamma": g, "trace": g * x.gae_lambda} for g in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)]
      + [lambda x, g=g: {"gamma": g} for g in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)]
      + [lambda x, g=g: {"trace": x.gamma * g} for g in (0.9, 0.95, 0.97, 0.98)]
@@ -489,7 +492,7 @@ ROLES = {  # what a parameter can mean: the names by which it is known
     "masks": "mask masks done_mask not_done not_dones non_terminal non_terminals nonterminals "
     "undone undones",  # 1 - done
     "bad_masks": "bad_mask bad_masks",  # 1 - truncation
-    "episode_starts": "episode_start episode_starts starts first firsts is_first new news",
+    "episode_starts": "episode_start episode_starts starts first firsts new news",
     "last_done": "next_done last_done last_dones",  # beside it, dones[t] says that s_t begins an episode
     "discounts": "discounts discount_t",  # gamma (1 - done)
     "gamma": "gamma γ g discount discount_factor",
@@ -518,7 +521,7 @@ def readings(function, given):
             unknown.append(name)
     if unknown:
         maps = " ".join(f"--map {name}=ROLE" for name in unknown)
-        raise UsageError(f"what does its parameter {' and '.join(unknown)} mean? {maps}; roles: {', '.join(ROLES)}; "
+        raise UsageError(f"what is meant by {', '.join(unknown)}? {maps}; roles: {', '.join(ROLES)}; "
                          "if none fits, wrap it in a function of yours")
     for role in ("rewards",) if "next_values" in roles.values() else ("rewards", "values"):  # lambda-returns need none
         if role not in roles.values():
@@ -608,14 +611,17 @@ class Call:
             return array.tolist()
         return list(array) if "lists" in self.container and not is_row else array
 
+    def run(self, arguments):
+        bound = inspect.BoundArguments(self.signature, arguments)  # some parameters have no keyword
+        return self.function(*bound.args, **bound.kwargs)
+
     def __call__(self, x):
         """One or two arrays (T, N), or a Fault."""
         columns = []
         for env in range(x.rewards.shape[1]) if self.layout == "(T,)" else [slice(None)]:
             resets = x.resets[..., env].T if self.layout == "(N, T)" else x.resets[..., env]
             try:
-                bound = inspect.BoundArguments(self.signature, self.arguments(x, env))
-                result = self.function(*bound.args, **bound.kwargs)
+                result = self.run(self.arguments(x, env))
             except (Exception, SystemExit) as error:
                 frames = traceback.extract_tb(error.__traceback__)
                 where = [f" in line {frame.lineno}" for frame in frames if frame.filename != main.__code__.co_filename]
@@ -662,7 +668,8 @@ def to_numpy(data):
         return np.array([to_numpy(row) for row in data])
     if data is None:
         raise TypeError("no number")
-    return np.asarray(data.detach().cpu().double() if hasattr(data, "detach") else data, dtype=float)
+    data = data.detach().cpu().double() if hasattr(data, "detach") else data
+    return np.asarray(data, dtype=float).copy()  # the function may use its buffer again
 
 
 def agree(x, expected, got):
@@ -674,8 +681,8 @@ def agree(x, expected, got):
 def calls_that_run(function, given, args, faults):
     """For every reading of the parameters and every layout: the first way to call the function that works.
 
-    Two ways are tried where a function can mean either: T + 1 values, or T, if it takes no bootstrap, which is right
-    for an episode that terminates; T + 1 episode starts, or T, if it is not told the last done.
+    Two ways are tried where a function can mean either: T + 1 values, or T, if it takes no bootstrap; T + 1 episode
+    starts, or T, if it is not told the last done. What returns other numbers when it is called again does not work.
     """
     plain, tensors = ("NumPy arrays", "lists"), ("tensors", "lists of tensors")
     uses_torch = "torch" in getattr(getattr(function, "__code__", None), "co_names", ())
@@ -700,6 +707,8 @@ def calls_that_run(function, given, args, faults):
                             x = call.rollout(args, rng, draw, next_step, *discounts, num_steps=num_steps)
                             call.rollouts.append(x)
                             call.outputs.append(call(x))
+                        if len(set(map(len, call.outputs))) > 1:
+                            raise Fault("it returns one result at times, and two at others")
                         x = call.rollouts[0]
                         if not all(agree(x, one, other) for one, other in zip(call.outputs[0], call(x), strict=True)):
                             raise Fault("called once more with the same arguments, it returns other numbers")
@@ -735,8 +744,9 @@ def depends_on_others(call):
     """Whether what an environment gets changes with the rewards of the others."""
     x, i = call.rollouts[0], call.labels().index(None)
     for kept in np.eye(x.rewards.shape[1]) if call.layout != "(T,)" else ():
+        others_changed = replace(x, rewards=np.where(kept, x.rewards, -2.0 * x.rewards))
         with contextlib.suppress(Fault):
-            if not agree(x, kept * call.outputs[0][i], kept * call(replace(x, rewards=(3 * kept - 2) * x.rewards))[i]):
+            if not agree(x, kept * call.outputs[0][i], kept * call(others_changed)[i]):
                 return True
     return False
 
@@ -771,10 +781,10 @@ def blame(call, num_mistakes):
 
 
 def smallest(call, i, right, args):
-    """(rollout, expected, got) where output i is wrong: the shortest one of small numbers, with the fewest dones."""
+    """(rollout, expected, got) where output i is wrong: the shortest one, of plain numbers, with the fewest dones."""
     rng = np.random.default_rng(args.seed)
     envs = (1,) if call.layout == "(T,)" else (1, 2)
-    for size, num_steps, num_envs in itertools.product((1.0, 20.0), (*range(1, 8), 20, 160), envs):
+    for num_steps, size, num_envs in itertools.product((*range(1, 8), 20, 160), (1.0, 20.0, 0.3), envs):
         cases, discounts = [], (0.99, 0.95) if num_steps > 9 else (0.5, 0.8)
         for next_step in [False, True] * 20:
             whole = functools.partial(rng.choice, size * np.arange(1.0, 10.0))
@@ -794,13 +804,13 @@ def remarks(call, args):
     env = 0 if call.layout == "(T,)" else slice(None)
     arguments, untouched = call.arguments(x, env), call.arguments(x, env)
     with contextlib.suppress(Exception, SystemExit):
-        bound = inspect.BoundArguments(call.signature, arguments)
-        call.function(*bound.args, **bound.kwargs)
+        call.run(arguments)
     written = [name for name in arguments if repr(arguments[name]) != repr(untouched[name])]
     nan = np.where(x.terminations, np.nan, x.next_values)
     hard = {
         "lambda 0": replace(x, gae_lambda=0.0) if "gae_lambda" in call.has else x,
         "lambda 1": replace(x, gae_lambda=1.0) if "gae_lambda" in call.has else x,
+        "gamma 1": replace(x, gamma=1.0) if call.has & {"gamma", "discounts"} else x,
         "integer rewards": replace(x, rewards=np.rint(4.0 * x.rewards).astype(int)),
         "a step both terminated and truncated": replace(x, truncations=x.dones) if len(call.ends) == 2 else x,
         "NaN as V(s_{t+1}) of a terminated step": replace(x, next_values=nan, values=with_last(x.values, nan[-1])),
@@ -854,9 +864,6 @@ def assumptions(call, args):
     return [note for note, holds in notes if holds]
 
 
-SILENT = "it is wrong without an error"
-
-
 def judge(function, name, given, args):
     """The verdict on a function, as the dict that --json prints."""
     report = {"function": name, "verdict": "correct", "mistake": None, "cure": None, "t": None, "env": None}
@@ -869,7 +876,7 @@ def judge(function, name, given, args):
             others = [other for other in wrong if other.roles == call.roles and other.layout != call.layout]
             wrong = [other for other in others if None in other.labels() and mixes_environments(other)]
             if not wrong:
-                silent = [f"on {other.layout} {SILENT}" for other in others]
+                silent = [f"on {other.layout} it is wrong without an error" for other in others]
                 report |= {"called_with": str(call), "layout": call.layout}
                 return report | {"notes": silent + remarks(call, args)}
             break
@@ -901,7 +908,7 @@ def judge(function, name, given, args):
 
 
 def describe(report):
-    where = f" on {report['layout']} alone" * any(note.endswith(SILENT) for note in report["notes"])
+    where = f" on {report['layout']}" * (report["verdict"] == "correct" and report["layout"] != "(T, N)")
     lines = [": ".join(filter(None, [report["function"], report["verdict"] + where, report["mistake"]]))]
     if x := report["rollout"]:
         lines += ["  first at t = {t}, env = {env}: expected {expected:.6g}, got {got:.6g}".format(**report)]
@@ -917,7 +924,7 @@ def describe(report):
             numbers = [x[key][t][env] for key in ("rewards", "values", "next_values", "expected", "got")]
             ends = {"terminations": "terminated", "truncations": "truncated", "resets": "reset row"}
             end = "".join(word for key, word in ends.items() if x[key][t][env])
-            lines += ["  {:3} {:3}{:10.5g}{:10.5g}{:12.5g}{:10.5g}{:10.5g}  {}".format(t, env, *numbers, end).rstrip()]
+            lines += ["  {:3} {:3} {:9.4g} {:9.4g} {:11.4g} {:9.4g} {:9.4g}  {}".format(t, env, *numbers, end).rstrip()]
     lines += [f"  called with {report['called_with']}", *(f"  note: {note}" for note in report["notes"])]
     return "\n".join(lines)
 
@@ -937,9 +944,8 @@ def load(target):
     finally:
         sys.argv = argv
     if not callable(names.get(name)):
-        functions = [key for key, value in names.items() if inspect.isfunction(value)]
-        likely = difflib.get_close_matches(name, functions, cutoff=0.4) or ["wrap a method in a function of yours"]
-        raise UsageError(f"{place} has no function {name}: {' or '.join(likely)}?")
+        own = [k for k, v in names.items() if inspect.isfunction(v) and v.__module__ == names["__name__"]]
+        raise UsageError(f"{place} has no function {name}; it has {', '.join(own) or 'none, so wrap a method in one'}")
     return names[name]
 
 
