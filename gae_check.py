@@ -917,7 +917,7 @@ def describe(report):
         (num_steps, num_envs), first = np.shape(x["rewards"]), report["t"]
         rows, part = list(np.ndindex(num_steps, num_envs)), ""
         if num_steps > 9:  # it takes a long one: what matters is near
-            rows, part = [(t, env) for t, env in rows if env == report["env"] and first <= t < first + 9], "part of "
+            rows, part = [at for at in rows if first <= at[0] < first + 9], "part of "
         lines += [f"  {part}the smallest rollout that shows it, with gamma {x['gamma']} and lambda {x['gae_lambda']}:"]
         lines += ["    t env    reward     value  next value  expected       got"]
         for t, env in rows:
