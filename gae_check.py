@@ -333,6 +333,8 @@ def finished(*functions):
 DELTA, TRACE = "delta_t = r_t + gamma V(s_{t+1}) - V(s_t)", "A_{t+1} is multiplied by gamma lambda (1 - done)"
 FLAG, REWARD = "step t takes the done flag that it returned itself", "step t takes the reward that it returned itself"
 NO_MASK = "the ends of episodes are ignored"  # two mistakes in one, and so no half of a pair
+NO_BOOTSTRAP = "no bootstrap at the end of the rollout"
+ONE_TERMINATED = "it is right for an episode that terminates, and for no other"
 # Name, cure, and changes of the inputs, each of which makes compute_gae return what an implementation with the mistake
 # does: "trace" is the factor gamma lambda, apart from the gamma in delta, and "finish" is done to the output. Where
 # several mistakes give the same numbers, the first is named.
@@ -377,7 +379,7 @@ MISTAKES = [
     ("the reward of a terminated step is dropped", "only V(s_{t+1}) counts as 0 after a termination",
      [lambda x: {"rewards": x.rewards * ~x.terminations},
       lambda x: {"rewards": x.rewards * ~x.dones, "terminations": x.dones}]),
-    ("no bootstrap at the end of the rollout",
+    (NO_BOOTSTRAP,
      "unless it always ends an episode, the last step needs gamma V(s_T), as a parameter or as row T of values",
      [lambda x: {"next_values": with_last(x.next_values, 0.0)}]),
     ("the last step's termination is ignored", "V(s_T), too, counts as 0 after a termination",
@@ -400,7 +402,7 @@ MISTAKES = [
     ("the TD error with the next lambda-return for V(s_{t+1})", "A_t is the lambda-return of s_t, less V(s_t)",
      [lambda x: {"next_values": x.next_values + shift(gae(x), +1, "zero") * ~x.dones, "trace": 0.0}]),
     ("gamma or lambda fixed inside", "use those that are passed; if none are, say which it has: --gamma, --gae-lambda",
-     [lambda x, g=g: {"gamma": g, "trace": g * x.gae_lambda} for g in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)]
+     [lambda x, g=g: {"gamma": g, "trace": g * x.gae_lambda} for g in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)]
      + [lambda x, g=g: {"gamma": g} for g in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)]
      + [lambda x, g=g: {"trace": x.gamma * g} for g in (0.9, 0.95, 0.97, 0.98)]
      + [lambda x: {"gamma": 0.99, "trace": 0.99 * 0.95}]),
@@ -479,29 +481,39 @@ class Fault(Exception):
     """Why a call of the user's function left nothing to judge."""
 
 
-ROLES = {  # what a parameter can mean: the names by which it is known
-    "rewards": "reward rewards rew rews r rs",
-    "values": "value values val vals v vs v_s value_pred value_preds vpred vf_pred vf_preds baselines "
-    "state_value state_values value_estimates",
-    "next_values": "next_values next_vals next_v v_next value_next v_prime v_s_ next_state_value next_state_values "
-    "final_values",
-    "bootstrap": "next_value next_val nextvpred last_value last_values last_val last_v bootstrap bootstrap_value",
+ROLES = {  # what a parameter can mean: the names by which it is known; "not_" stands for 1 - flag
+    "rewards": "reward rewards rew rews r rs token_level_rewards",
+    "values": "value values val vals v vs v_s value_pred value_preds v_pred v_preds vpred vpreds vf_pred vf_preds "
+    "baselines state_value state_values state_vals old_values value_estimates",
+    "next_values": "next_values next_vals next_v v_next value_next v_prime v_s_ v_s_prime next_v_pred next_v_preds "
+    "next_state_value next_state_values final_values",
+    "bootstrap": "next_value next_val nextvpred last_value last_values last_val last_v last_vpred vpred_last "
+    "bootstrap bootstrap_value bootstrap_values",
     "terminations": "termination terminations terminated terminateds terminal terminals term terms",
+    "not_terminations": "unterminated unterminateds",
     "truncations": "truncation truncations truncated truncateds trunc truncs timeout timeouts time_out time_outs",
-    "dones": "done dones d ds end ends end_flag end_flags",
-    "masks": "mask masks done_mask not_done not_dones non_terminal non_terminals nonterminals "
-    "undone undones",  # 1 - done
-    "bad_masks": "bad_mask bad_masks",  # 1 - truncation
+    "not_truncations": "bad_mask bad_masks",
+    "dones": "done dones d ds end ends end_flag end_flags episode_end episode_ends fdones",
+    "not_dones": "mask masks done_mask not_done not_dones non_terminal non_terminals nonterminal nonterminals "
+    "undone undones",
     "episode_starts": "episode_start episode_starts starts first firsts new news",
+    "not_episode_starts": "",
     "last_done": "next_done last_done last_dones",  # beside it, dones[t] says that s_t begins an episode
+    "not_last_done": "next_mask last_mask",
     "discounts": "discounts discount_t",  # gamma (1 - done)
-    "gamma": "gamma γ g discount discount_factor",
-    "gae_lambda": "lam λ lambda lambd lamda lmbda gae_lambda gae_lam td_lambda lambda_coefficient tau l",
+    "gamma": "gamma γ g discount discounting discount_factor",
+    "gae_lambda": "lam λ lambda lambd lamda lamb lmbda gae_lambda gae_lam td_lambda lambda_coefficient tau l",
+    "valid": "valid response_mask action_mask loss_mask attention_mask padding_mask",  # 1: no step is padding
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
-OR_ELSE = {"bootstrap": "next_values", "next_values": "bootstrap", "dones": "terminations"}
+OR_ELSE = {"bootstrap": "next_values", "next_values": "bootstrap"}
 ROLLOUTS = (0.9, 0.7, 9, 1.0), (0.6, 0.8, 9, 100.0), (0.99, 0.95, 160, 1.0)  # gamma, lambda, steps, size of the numbers
-FLAGS = {"terminations", "discounts"}, {"dones", "masks", "episode_starts"}, {"truncations", "bad_masks"}
+PLAIN, TENSORS = ("NumPy arrays", "lists"), ("tensors", "lists of tensors")
+FLAGS = {"terminations", "discounts"}, {"dones", "episode_starts"}, {"truncations"}
+
+
+def base(role):
+    return role.removeprefix("not_")
 
 
 def readings(function, given):
@@ -510,12 +522,14 @@ def readings(function, given):
         parameters, roles, unknown = inspect.signature(function).parameters, {}, []
     except (TypeError, ValueError):
         raise UsageError("its parameters have no names: wrap it in a function of yours") from None
+    given = {name: role if role in ROLES else ROLE_OF.get(role, role) for name, role in given.items()}
     for name, role in given.items():
         if name not in parameters or role not in ROLES:
             raise UsageError(f"--map {name}={role}: parameters: {', '.join(parameters)}; roles: {', '.join(ROLES)}")
     for name, parameter in parameters.items():
         core = re.sub(r"^(batch|b|mb|traj|is)_|(_list|_arr|_array|_batch|_buf|_buffer|_tensor|_t|_)$", "", name.lower())
-        if role := given.get(name) or ROLE_OF.get(name.lower()) or ROLE_OF.get(core):
+        role = given.get(name) or ROLE_OF.get(name.lower()) or ROLE_OF.get(core)
+        if role := role or ("gae_lambda" if "lambda" in name.lower() else None):
             roles[name] = role
         elif parameter.default is parameter.empty and "VAR" not in parameter.kind.name:
             unknown.append(name)
@@ -526,17 +540,36 @@ def readings(function, given):
     for role in ("rewards",) if "next_values" in roles.values() else ("rewards", "values"):  # lambda-returns need none
         if role not in roles.values():
             raise UsageError(f"which of its parameters are the {role}? --map PARAMETER={role}: {', '.join(parameters)}")
+    # A flag that may be left out, beside one that tells the same, can be something else: a mask of padding, say.
+    optional = [name for name in roles if name not in given and isinstance(parameters[name].default, bool | None)]
+    shorter = [{name: role for name, role in roles.items() if name != left_out} for left_out in optional]
+    found = []
+    for some in (roles, *(some for some in shorter if told(some) == told(roles))):
+        found += [reading for reading in meanings(some, given) if reading not in found]
+    if not found:
+        same = ", ".join(f"{name} ({role})" for name, role in roles.items() if [*roles.values()].count(role) > 1)
+        raise UsageError(f"what is meant by {same}? --map NAME=ROLE for one of them; roles: {', '.join(ROLES)}")
+    return found
+
+
+def told(roles):
+    """What a function knows from these parameters: their roles, or one of them for all flags that tell the same."""
+    return {next((min(names) for names in FLAGS if role in names), role) for role in map(base, roles.values())}
+
+
+def meanings(roles, given):
+    """Every {parameter: role} of these parameters."""
     # CleanRL and Stable-Baselines3 store a done with the observation after it, and the last one apart.
-    apart = {"last_done": "episode_starts", "episode_starts": "last_done"}
-    for other in set(apart) & set(roles.values()):
-        roles = {n: apart[other] if role == "dones" and n not in given else role for n, role in roles.items()}
-    if "gamma" in roles.values():  # beside it, a discount is 1 - done
-        roles = {n: "masks" if role == "discounts" and n not in given else role for n, role in roles.items()}
-    or_else = OR_ELSE if {"truncations", "bad_masks"} & set(roles.values()) else OR_ELSE | {"dones": "dones"}
+    has, change = {*map(base, roles.values())}, {}
+    for one, other in (("last_done", "episode_starts"), ("episode_starts", "last_done")):
+        change |= {"dones": other, "not_dones": f"not_{other}"} if one in has else {}
+    if "gamma" in has:  # beside it, a discount is 1 - done
+        change["discounts"] = "not_dones"
+    roles = {name: role if name in given else change.get(role, role) for name, role in roles.items()}
+    or_else = OR_ELSE | ({"dones": "terminations"} if "truncations" in has else {})
+    or_else |= {} if has & set().union(*FLAGS) else {"last_done": "dones", "not_last_done": "not_dones"}
     choices = [[role] if name in given else [role, or_else.get(role, role)] for name, role in roles.items()]
     found = [choice for choice in dict.fromkeys(itertools.product(*choices)) if len(set(choice)) == len(choice)]
-    if not found:
-        raise UsageError(f"two of its parameters seem to mean the same, say --map for one: {roles}")
     return [dict(zip(roles, choice, strict=True)) for choice in found]
 
 
@@ -557,7 +590,7 @@ class Call:
 
     def __post_init__(self):
         """What its parameters let the function know, which is all that it may be judged on."""
-        self.has, self.signature = set(self.roles.values()), inspect.signature(self.function)
+        self.has, self.signature = {*map(base, self.roles.values())}, inspect.signature(self.function)
         told = [bool(self.has & names) for names in FLAGS]
         if sum(told) > 1:
             self.ends = ["terminated", "truncated"]
@@ -588,16 +621,16 @@ class Call:
             "rewards": x.rewards, "values": x.values if self.long_values else x.values[:-1],
             "next_values": x.next_values, "bootstrap": x.values[-1],
             "terminations": terminations, "truncations": truncations, "dones": dones,
-            "masks": ~dones, "bad_masks": ~truncations, "discounts": x.gamma * ~terminations,
             "episode_starts": starts if self.long_flags else starts[:-1], "last_done": starts[-1],
-            "gamma": x.gamma, "gae_lambda": x.gae_lambda,
+            "discounts": x.gamma * ~terminations, "gamma": x.gamma, "gae_lambda": x.gae_lambda, "valid": x.dones | True,
         }  # fmt: skip
-        return {name: self.packed(meaning[role], role, env) for name, role in self.roles.items()}
+        return {name: self.packed(meaning[base(role)], role, env) for name, role in self.roles.items()}
 
     def packed(self, array, role, env):
         if not isinstance(array, np.ndarray):
             return array
-        array, is_row = np.array(array[..., env]), role in ("bootstrap", "last_done")
+        array = np.array(~array[..., env] if role != base(role) else array[..., env])
+        is_row = base(role) in ("bootstrap", "last_done")
         if array.dtype == bool and not self.bool_flags:
             array = array.astype(float)
         if is_row and self.wide_bootstrap:
@@ -623,9 +656,10 @@ class Call:
             try:
                 result = self.run(self.arguments(x, env))
             except (Exception, SystemExit) as error:
-                frames = traceback.extract_tb(error.__traceback__)
-                where = [f" in line {frame.lineno}" for frame in frames if frame.filename != main.__code__.co_filename]
-                raise Fault(f"it raises {type(error).__name__}{''.join(where[:1])}: {error}") from None
+                file = getattr(getattr(inspect.unwrap(self.function), "__code__", None), "co_filename", None)
+                frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+                where, line = (f" in line {frames[-1].lineno}", frames[-1].line) if frames else ("", "")
+                raise Fault(f"it raises {type(error).__name__}{where}: {str(error) or line}") from None
             try:
                 is_pair = isinstance(result, (tuple, list)) and len(result) == 2 and np.shape(result[0]) == resets.shape
                 columns.append([to_numpy(part) for part in (result if is_pair else [result])])
@@ -643,7 +677,7 @@ class Call:
     def __str__(self):
         names = []
         for name, role in self.roles.items():
-            is_long = self.long_values if role == "values" else self.long_flags and role in set().union(*FLAGS)
+            is_long = self.long_values if role == "values" else self.long_flags and base(role) in set().union(*FLAGS)
             names.append(name + f" ({role})" * (name != role) + " of T + 1 rows" * is_long)
         return f"{self.container} {self.layout}: {', '.join(names)}"
 
@@ -684,14 +718,13 @@ def calls_that_run(function, given, args, faults):
     Two ways are tried where a function can mean either: T + 1 values, or T, if it takes no bootstrap; T + 1 episode
     starts, or T, if it is not told the last done. What returns other numbers when it is called again does not work.
     """
-    plain, tensors = ("NumPy arrays", "lists"), ("tensors", "lists of tensors")
-    uses_torch = "torch" in getattr(getattr(function, "__code__", None), "co_names", ())
+    uses_torch = "torch" in getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
     ran = []
-    for containers in (tensors, plain) if uses_torch else (plain, tensors):
+    for containers in (TENSORS, PLAIN) if uses_torch else (PLAIN, TENSORS):
         for roles, layout in itertools.product(readings(function, given), ("(T, N)", "(T,)", "(N, T)")):
             if any(roles[name] == "bootstrap" and before[name] == "next_values" for before in ran for name in roles):
                 continue  # what works on next values, as its name says, is judged on them
-            has = set(roles.values())
+            has = {*map(base, roles.values())}
             has_flags, has_bootstrap = has & set().union(*FLAGS), has & {"bootstrap", "next_values"}
             starts_only = "episode_starts" in has and "last_done" not in has
             long_values = (False, True) if has_bootstrap else (True, False)
@@ -699,27 +732,41 @@ def calls_that_run(function, given, args, faults):
             lengths = list(itertools.product(long_values, long_flags))
             first = 1 if starts_only else len(lengths) // (1 if has_bootstrap else 2)
             for some in (lengths[:first], lengths[first:]):
-                for length, *form in itertools.product(some, containers, (False, True), (False, True)):
-                    call, rng = Call(function, roles, layout, *length, *form), np.random.default_rng(args.seed)
-                    try:
-                        for (*discounts, num_steps, size), next_step in itertools.product(ROLLOUTS, (False, True)):
-                            draw = functools.partial(rng.normal, 0.0, size)
-                            x = call.rollout(args, rng, draw, next_step, *discounts, num_steps=num_steps)
-                            call.rollouts.append(x)
-                            call.outputs.append(call(x))
-                        if len(set(map(len, call.outputs))) > 1:
-                            raise Fault("it returns one result at times, and two at others")
-                        x = call.rollouts[0]
-                        if not all(agree(x, one, other) for one, other in zip(call.outputs[0], call(x), strict=True)):
-                            raise Fault("called once more with the same arguments, it returns other numbers")
-                    except Fault as fault:
-                        faults.append((str(fault), str(call)))
-                    else:
-                        ran.append(roles)
-                        yield call
-                        break
+                if call := first_that_runs(function, roles, layout, some, containers, args, faults):
+                    ran.append(roles)
+                    yield call
         if ran:
             break
+
+
+def first_that_runs(function, roles, layout, lengths, containers, args, faults):
+    """A Call of the first of these forms that works, or None."""
+    for length, *form in itertools.product(lengths, containers, (False, True), (False, True)):
+        call, rng = Call(function, roles, layout, *length, *form), np.random.default_rng(args.seed)
+        try:
+            for (*discounts, num_steps, size), next_step in itertools.product(ROLLOUTS, (False, True)):
+                draw = functools.partial(rng.normal, 0.0, size)
+                x = call.rollout(args, rng, draw, next_step, *discounts, num_steps=num_steps)
+                call.rollouts.append(x)
+                call.outputs.append(call(x))
+            if len(set(map(len, call.outputs))) > 1:
+                raise Fault("it returns one result at times, and two at others")
+            x = call.rollouts[0]
+            if not all(agree(x, one, other) for one, other in zip(call.outputs[0], call(x), strict=True)):
+                raise Fault("called once more with the same arguments, it returns other numbers")
+        except Fault as fault:
+            faults.append((str(fault), str(call)))
+        else:
+            return call
+    return None
+
+
+def with_t_values(call, args):
+    """The same call with T rows of values, if that works as T + 1 do: perhaps the function adds a last one."""
+    if not call.long_values or call.has & {"bootstrap", "next_values"}:
+        return None
+    containers, lengths = PLAIN if call.container in PLAIN else TENSORS, [(False, call.long_flags)]
+    return first_that_runs(call.function, call.roles, call.layout, lengths, containers, args, [])
 
 
 def mixes_environments(call):
@@ -826,7 +873,7 @@ def remarks(call, args):
                 fails.remove(name)
     numbers = "flags that are numbers" if call.bool_flags else "flags that are booleans"
     others = {numbers: replace(call, bool_flags=not call.bool_flags)}
-    if call.long_values and "masks" in call.has and not call.long_flags:
+    if call.long_values and "not_dones" in call.roles.values() and not call.long_flags:
         others["masks of T + 1 rows, as its values have"] = replace(call, long_flags=True)
     for name, other in others.items():
         with contextlib.suppress(Fault):  # only an error that nobody would see is worth a note
@@ -841,8 +888,8 @@ def remarks(call, args):
         ("beside truncations, its done flag must be the terminations alone", "dones" in map(ROLE_OF.get, names)),
         ("within one episode, to which alone its done flag applies, it is right", call.last == "either"),
         ("without a done flag it is right within one episode, V(s_T) being 0 if that terminated",
-         not call.ends and call.last != "either"),
-        ("without V(s_T) it is right for an episode that terminates, and for no other", call.last == "terminated"),
+         not call.ends and call.last not in ("either", "terminated")),
+        ("without V(s_T) " + ONE_TERMINATED, call.last == "terminated"),
         ("V(s_{t+1}) from the next row of values is right under NEXT_STEP autoreset; under SAME_STEP, a truncated step "
          "needs next_values", call.ends != call.same_step_ends),
         ("not told whether the last step ended an episode, it is right if that did not", call.last == "running"),
@@ -850,6 +897,32 @@ def remarks(call, args):
         (f"it goes wrong with {'; '.join(fails)}", fails),
     ]  # fmt: skip
     return assumptions(call, args) + [note for note, holds in notes if holds]
+
+
+def narrower_terms(call, i, right, args):
+    """Yield what would have to hold for a function with a mistake to be right."""
+    rng = np.random.default_rng(args.seed)
+    alone, episodes = replace(call), []
+    alone.ends = alone.same_step_ends = []
+    for end, gamma in itertools.product((None, *call.ends), (0.5, 0.9)):
+        alone.last = "terminated" if end == "terminated" else "running"
+        x = alone.rollout(args, rng, rng.normal, False, gamma)
+        truncations = with_last(x.truncations, end == "truncated")
+        episodes.append(replace(x, truncations=truncations, dones=x.dones | truncations))
+    zeroed = [(x, np.where(x.terminations, 0.0, x.next_values)) for x in call.rollouts]
+    zeroed = [replace(x, next_values=values, values=with_last(x.values, values[-1])) for x, values in zeroed]
+    roles = {name: role.replace("episode_starts", "dones") for name, role in call.roles.items()}
+    name, flag = next(((name, role) for name, role in roles.items() if role != call.roles[name]), (None, None))
+    own = f"{name}[t] is about the end of step t itself: --map {name}={flag}"
+    terms = {
+        "each call holds one episode, or a part of one, with no end before the last row": (call, episodes, call.ends),
+        "what it gets as V(s_{t+1}) is 0 after a termination": (call, zeroed, "terminated" in call.ends),
+        own: (replace(call, roles=roles), call.rollouts, name),
+    }
+    for term, (other, rollouts, applies) in terms.items():
+        with contextlib.suppress(Fault):
+            if applies and all(agree(x, RIGHT[right](x), other(x)[i]) for x in rollouts):
+                yield f"it is right if {term}"
 
 
 def assumptions(call, args):
@@ -877,6 +950,13 @@ def judge(function, name, given, args):
             wrong = [other for other in others if None in other.labels() and mixes_environments(other)]
             if not wrong:
                 silent = [f"on {other.layout} it is wrong without an error" for other in others]
+                if short := with_t_values(call, args):
+                    blamed = blame(short, 1) if None in short.labels() else None
+                    if blamed and blamed[0] == NO_BOOTSTRAP:
+                        wrong = [short]
+                        break
+                    limits = "it is wrong without an error" if None in short.labels() else ONE_TERMINATED
+                    silent += [": ".join(["given T rows of values, " + limits, *(blamed or ())[:1]])]
                 report |= {"called_with": str(call), "layout": call.layout}
                 return report | {"notes": silent + remarks(call, args)}
             break
@@ -902,7 +982,8 @@ def judge(function, name, given, args):
     return report | {
         "verdict": "mistake" if cure else "unknown mistake", "mistake": mistake, "cure": cure, "t": t, "env": env,
         "expected": float(expected[t, env]), "got": float(got[t, env]), "called_with": str(call), "layout": call.layout,
-        "notes": assumptions(call, args) + ["expected and got are lambda-returns"] * (right == "lambda-returns"),
+        "notes": [*narrower_terms(call, i, right, args), *assumptions(call, args)]
+        + ["expected and got are lambda-returns"] * (right == "lambda-returns"),
         "rollout": {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in rollout.items()},
     }  # fmt: skip
 

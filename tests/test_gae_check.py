@@ -986,7 +986,7 @@ def test_two_parameters_of_one_meaning_are_asked_for():
     def baselines(mb_rewards, mb_values, mb_dones, last_values, dones, gamma, lam):
         raise AssertionError("is not called")
 
-    with pytest.raises(gae_check.UsageError, match="seem to mean the same"):
+    with pytest.raises(gae_check.UsageError, match=r"what is meant by .*dones \(dones\)"):
         verdict(baselines)
 
 
@@ -1215,6 +1215,36 @@ def test_a_flag_with_is_before_its_name_is_passed():
         return textbook(rewards, values, next_value, 0 * rewards if is_done is None else 1 - is_done, gamma, lam)
 
     assert verdict(inverted)["mistake"] == "done flag inverted"
+
+
+@pytest.mark.parametrize("name, default", [("mask", None), ("first", True), ("end", None), ("discount", None)])
+def test_an_optional_flag_may_mean_another_thing_beside_one_that_tells_the_same(name, default):
+    """Such as a mask of padding beside dones; dones themselves must be passed even if they could be left out."""
+    text = """def gae(rewards, values, next_value, dones, gamma, lam, {}={}):
+        advantages = textbook(rewards, values, next_value, {}, gamma, lam)
+        return advantages if {} is {} else 0.5 * advantages"""
+    names = {"textbook": textbook}
+    exec(text.format(name, default, "dones", name, default), names)
+    report = verdict(names["gae"])
+    assert report["verdict"] == "correct" and f"left at its default, so not judged: {name}" in report["notes"][0]
+    exec(text.format(name, default, "0 * dones", name, default), names)
+    assert verdict(names["gae"])["verdict"] != "correct"
+
+
+@pytest.mark.parametrize("name", ["dones", "terminated"])
+def test_an_only_flag_is_passed_even_if_optional(name):
+    def gae(rewards, values, next_value, gamma, lam, flag=None):
+        return textbook(rewards, values, next_value, 0 * rewards, gamma, lam)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = list(inspect.signature(gae).parameters.values())[:-1]
+    parameters.append(inspect.Parameter(name, kind, default=None))
+
+    def renamed(*args, **kwargs):
+        return gae(*args, **{"flag" if key == name else key: value for key, value in kwargs.items()})
+
+    renamed.__signature__ = inspect.Signature(parameters)
+    assert verdict(renamed)["mistake"] == "the ends of episodes are ignored"
 
 
 def test_all_unknown_parameters_are_asked_for_at_once():
@@ -1494,3 +1524,133 @@ def test_the_rollouts_are_what_they_say():
         assert same[~x.dones].all() and (same.all() if next_step else not same[:-1][x.dones[:-1]].any())
         assert not x.rewards[x.resets].any()
         assert (x.values[-1] == x.next_values[-1]).all()
+
+
+def backward(rewards, values, next_values, cut, trace, discount):
+    """A plain backward loop; `cut` (T, ...) multiplies the trace."""
+    advantages, advantage = [], 0.0
+    for t in reversed(range(len(rewards))):
+        advantage = rewards[t] + discount[t] * next_values[t] - values[t] + trace * cut[t] * advantage
+        advantages.insert(0, advantage)
+    return np.array(advantages)
+
+
+def test_a_function_that_adds_a_last_value_of_0_is_not_right():
+    """NumPy adds 0 to each of T + 1 values; to a list, + appends it."""
+
+    def gae(rewards, values, dones, gamma, lam):
+        values = values + [0]
+        not_done = [1.0 - done for done in dones]
+        return backward(rewards, values, values[1:], not_done, gamma * lam, [gamma * mask for mask in not_done])
+
+    report = verdict(gae)
+    assert report["mistake"] == "no bootstrap at the end of the rollout" and "lists" in report["called_with"]
+
+
+def test_a_function_that_does_without_a_last_value():
+    def gae(rewards, values, gamma, lam):
+        next_values = [values[t + 1] if t + 1 < len(values) else 0.0 for t in range(len(rewards))]
+        ones = np.ones(len(rewards))
+        return backward(rewards, values, next_values, ones, gamma * lam, gamma * ones)
+
+    report = verdict(gae)
+    assert report["verdict"] == "correct"
+    assert "given T rows of values, it is right for an episode that terminates, and for no other" in report["notes"]
+
+
+def test_a_function_that_starts_from_the_last_of_its_values():
+    """Right with T + 1; with T, the last step would bootstrap from its own value."""
+
+    def gae(rewards, values, dones, gamma, lam):
+        not_done = 1.0 - np.array(dones, float)
+        next_values = np.concatenate([values[1 : len(rewards)], values[-1:]])
+        return backward(rewards, values, next_values, not_done, gamma * lam, gamma * not_done)
+
+    report = verdict(gae)
+    assert report["verdict"] == "correct" and "values of T + 1 rows" in report["called_with"]
+    assert "given T rows of values, it is wrong without an error: bootstraps from V(s_t)" in report["notes"]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_masks_of_the_step_before(right):
+    """torch-ac stores 1 - done with the observation after it, and the last one apart."""
+
+    def gae(rewards, values, masks, next_value, next_mask, gamma, lam):
+        after = np.concatenate([masks[1:], [next_mask]]) if right else np.array(masks)
+        next_values = np.concatenate([values[1:], [next_value]])
+        return backward(rewards, values, next_values, after, gamma * lam, gamma * after)
+
+    report = verdict(gae)
+    assert (report["verdict"] == "correct") == right
+    note = "it is right if masks[t] is about the end of step t itself: --map masks=not_dones"
+    assert (note in report["notes"]) != right
+    mapped = verdict(gae, given=[("masks", "masks")])
+    assert (mapped["verdict"] == "correct") != right
+
+
+def test_a_mask_of_terminations_beside_one_of_dones():
+    def gae(rewards, undones, values, next_values, unterminated, gamma, lam):
+        return backward(rewards, values, next_values, undones, gamma * lam, gamma * unterminated)
+
+    def swapped(rewards, unterminated, values, next_values, undones, gamma, lam):
+        return gae(rewards, unterminated, values, next_values, undones, gamma, lam)
+
+    assert verdict(gae)["verdict"] == "correct"
+    assert verdict(swapped)["mistake"] == "terminations and truncations swapped"
+
+
+def test_the_only_flag_is_that_of_every_step():
+    def gae(rewards, values, next_values, next_done, gamma, lam):
+        not_done = 1.0 - next_done
+        return backward(rewards, values, next_values, not_done, gamma * lam, gamma * not_done)
+
+    assert verdict(gae)["verdict"] == "correct"
+
+
+def test_a_mask_of_padding():
+    def gae(rewards, values, response_mask, gamma, lam):
+        next_values = np.concatenate([values[1:], 0.0 * values[:1]])
+        return response_mask * backward(rewards, values, next_values, response_mask, gamma * lam, gamma * response_mask)
+
+    assert verdict(gae)["verdict"] == "correct"
+
+
+def test_gamma_1_inside():
+    def gae(rewards, values, next_values, terminated, truncated):
+        ones = np.ones(len(rewards))[:, None]
+        return backward(rewards, values, next_values, 1.0 - (terminated | truncated), 0.95, ones - terminated)
+
+    assert verdict(gae)["mistake"] == "gamma or lambda fixed inside"
+    assert verdict(gae, gamma=1.0)["verdict"] == "correct"
+
+
+ONE_EPISODE = "it is right if each call holds one episode, or a part of one, with no end before the last row"
+ZEROED = "it is right if what it gets as V(s_{t+1}) is 0 after a termination"
+
+
+def test_a_mistake_is_none_on_narrower_terms():
+    def uncut(rewards, values, next_values, terminated, truncated, gamma, lam):
+        return backward(rewards, values, next_values, 1.0 + 0.0 * rewards, gamma * lam, gamma * (1.0 - terminated))
+
+    def unmasked(rewards, values, next_values, terminated, truncated, gamma, lam):
+        not_done = 1.0 - (terminated | truncated)
+        return backward(rewards, values, next_values, not_done, gamma * lam, gamma * np.ones(len(rewards)))
+
+    def truncated_is_terminated(rewards, values, next_values, terminated, truncated, gamma, lam):
+        not_done = 1.0 - (terminated | truncated)
+        return backward(rewards, values, next_values, not_done, gamma * lam, gamma * not_done)
+
+    notes = {f: verdict(f)["notes"] for f in (uncut, unmasked, truncated_is_terminated)}
+    assert [ONE_EPISODE in found for found in notes.values()] == [True, False, False]
+    assert [ZEROED in found for found in notes.values()] == [False, True, False]
+
+
+def test_the_line_that_raises_is_of_the_function_not_of_what_is_round_it():
+    torch = pytest.importorskip("torch")
+
+    @torch.no_grad()
+    def gae(rewards, values, dones, gamma, lam):
+        raise AssertionError
+
+    line = inspect.unwrap(gae).__code__.co_firstlineno + 2
+    assert verdict(gae)["mistake"] == f"it raises AssertionError in line {line}: raise AssertionError"
