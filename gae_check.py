@@ -486,7 +486,7 @@ ROLES = {  # what a parameter can mean: the names by which it is known; "not_" s
     "values": "value values val vals v vs v_s value_pred value_preds v_pred v_preds vpred vpreds vf_pred vf_preds "
     "baselines state_value state_values state_vals old_values value_estimates",
     "next_values": "next_values next_vals next_v v_next value_next v_prime v_s_ v_s_prime next_v_pred next_v_preds "
-    "next_state_value next_state_values final_values",
+    "next_state_value next_state_values final_values v_tp1 value_tp1",
     "bootstrap": "next_value next_val nextvpred last_value last_values last_val last_v last_vpred vpred_last "
     "bootstrap bootstrap_value bootstrap_values",
     "terminations": "termination terminations terminated terminateds terminal terminals term terms",
@@ -500,7 +500,7 @@ ROLES = {  # what a parameter can mean: the names by which it is known; "not_" s
     "not_episode_starts": "",
     "last_done": "next_done last_done last_dones",  # beside it, dones[t] says that s_t begins an episode
     "not_last_done": "next_mask last_mask",
-    "discounts": "discounts discount_t",  # gamma (1 - done)
+    "discounts": "discounts discount_t discount_tp1",  # gamma (1 - done)
     "gamma": "gamma γ g discount discounting discount_factor",
     "gae_lambda": "lam λ lambda lambd lamda lamb lmbda gae_lambda gae_lam td_lambda lambda_coefficient tau l",
     "valid": "valid response_mask action_mask loss_mask attention_mask padding_mask",  # 1: no step is padding
@@ -529,7 +529,7 @@ def readings(function, given):
     for name, parameter in parameters.items():
         core = re.sub(r"^(batch|b|mb|traj|is)_|(_list|_arr|_array|_batch|_buf|_buffer|_tensor|_t|_)$", "", name.lower())
         role = given.get(name) or ROLE_OF.get(name.lower()) or ROLE_OF.get(core)
-        if role := role or ("gae_lambda" if "lambda" in name.lower() else None):
+        if role := role or ("gae_lambda" if re.search("lamb?da", name.lower()) else None):
             roles[name] = role
         elif parameter.default is parameter.empty and "VAR" not in parameter.kind.name:
             unknown.append(name)
