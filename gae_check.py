@@ -503,7 +503,7 @@ ROLES = {  # what a parameter can mean: the names by which it is known; "not_" s
     "discounts": "discounts discount_t discount_tp1",  # gamma (1 - done)
     "gamma": "gamma γ g discount discounting discount_factor",
     "gae_lambda": "lam λ lambda lambd lamda lamb lmbda gae_lambda gae_lam td_lambda lambda_coefficient tau l",
-    "valid": "valid response_mask action_mask loss_mask attention_mask padding_mask",  # 1: no step is padding
+    "valid": "valid response_mask action_mask loss_mask attention_mask padding_mask",  # 1: the row is a transition
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
 OR_ELSE = {"bootstrap": "next_values", "next_values": "bootstrap"}
@@ -528,11 +528,19 @@ def readings(function, given):
             raise UsageError(f"--map {name}={role}: parameters: {', '.join(parameters)}; roles: {', '.join(ROLES)}")
     for name, parameter in parameters.items():
         core = re.sub(r"^(batch|b|mb|traj|is)_|(_list|_arr|_array|_batch|_buf|_buffer|_tensor|_t|_)$", "", name.lower())
-        role = given.get(name) or ROLE_OF.get(name.lower()) or ROLE_OF.get(core)
-        if role := role or ("gae_lambda" if re.search("lamb?da", name.lower()) else None):
-            roles[name] = role
+        role = ROLE_OF.get(name.lower()) or ROLE_OF.get(core)
+        is_switch = isinstance(parameter.default, bool) and role != "last_done"
+        if name in given or (role and not is_switch):
+            roles[name] = given.get(name, role)
         elif parameter.default is parameter.empty and "VAR" not in parameter.kind.name:
             unknown.append(name)
+    lambdas = [name for name, parameter in parameters.items()
+               if re.search("lamb?da", name.lower()) and not isinstance(parameter.default, bool)]
+    if "gae_lambda" not in roles.values() and len(lambdas) == 1:
+        roles |= dict.fromkeys(lambdas, "gae_lambda")
+        unknown = [name for name in unknown if name not in lambdas]
+    if "gamma" in roles.values():  # beside it, a discount is 1 - done
+        roles |= {name: "not_dones" for name, role in roles.items() if role == "discounts" and name not in given}
     if unknown:
         maps = " ".join(f"--map {name}=ROLE" for name in unknown)
         raise UsageError(f"what is meant by {', '.join(unknown)}? {maps}; roles: {', '.join(ROLES)}; "
@@ -541,14 +549,16 @@ def readings(function, given):
         if role not in roles.values():
             raise UsageError(f"which of its parameters are the {role}? --map PARAMETER={role}: {', '.join(parameters)}")
     # A flag that may be left out, beside one that tells the same, can be something else: a mask of padding, say.
-    optional = [name for name in roles if name not in given and isinstance(parameters[name].default, bool | None)]
+    optional = [name for name in roles if name not in given and parameters[name].default is None]
     shorter = [{name: role for name, role in roles.items() if name != left_out} for left_out in optional]
     found = []
     for some in (roles, *(some for some in shorter if told(some) == told(roles))):
         found += [reading for reading in meanings(some, given) if reading not in found]
     if not found:
-        same = ", ".join(f"{name} ({role})" for name, role in roles.items() if [*roles.values()].count(role) > 1)
-        raise UsageError(f"what is meant by {same}? --map NAME=ROLE for one of them; roles: {', '.join(ROLES)}")
+        meant = [f"{name} ({role})" for name, role in roles.items()]
+        same = [one for one, role in zip(meant, roles.values()) if [*roles.values()].count(role) > 1]
+        raise UsageError(f"what is meant by {', '.join(same or meant)}? --map NAME=ROLE for one of them; "
+                         f"roles: {', '.join(ROLES)}")
     return found
 
 
@@ -563,8 +573,6 @@ def meanings(roles, given):
     has, change = {*map(base, roles.values())}, {}
     for one, other in (("last_done", "episode_starts"), ("episode_starts", "last_done")):
         change |= {"dones": other, "not_dones": f"not_{other}"} if one in has else {}
-    if "gamma" in has:  # beside it, a discount is 1 - done
-        change["discounts"] = "not_dones"
     roles = {name: role if name in given else change.get(role, role) for name, role in roles.items()}
     or_else = OR_ELSE | ({"dones": "terminations"} if "truncations" in has else {})
     or_else |= {} if has & set().union(*FLAGS) else {"last_done": "dones", "not_last_done": "not_dones"}
@@ -622,7 +630,7 @@ class Call:
             "next_values": x.next_values, "bootstrap": x.values[-1],
             "terminations": terminations, "truncations": truncations, "dones": dones,
             "episode_starts": starts if self.long_flags else starts[:-1], "last_done": starts[-1],
-            "discounts": x.gamma * ~terminations, "gamma": x.gamma, "gae_lambda": x.gae_lambda, "valid": x.dones | True,
+            "discounts": x.gamma * ~terminations, "gamma": x.gamma, "gae_lambda": x.gae_lambda, "valid": ~x.resets,
         }  # fmt: skip
         return {name: self.packed(meaning[base(role)], role, env) for name, role in self.roles.items()}
 
@@ -657,7 +665,7 @@ class Call:
                 result = self.run(self.arguments(x, env))
             except (Exception, SystemExit) as error:
                 file = getattr(getattr(inspect.unwrap(self.function), "__code__", None), "co_filename", None)
-                frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+                frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file or not file][-1:]
                 where, line = (f" in line {frames[-1].lineno}", frames[-1].line) if frames else ("", "")
                 raise Fault(f"it raises {type(error).__name__}{where}: {str(error) or line}") from None
             try:
@@ -761,12 +769,11 @@ def first_that_runs(function, roles, layout, lengths, containers, args, faults):
     return None
 
 
-def with_t_values(call, args):
-    """The same call with T rows of values, if that works as T + 1 do: perhaps the function adds a last one."""
-    if not call.long_values or call.has & {"bootstrap", "next_values"}:
-        return None
-    containers, lengths = PLAIN if call.container in PLAIN else TENSORS, [(False, call.long_flags)]
-    return first_that_runs(call.function, call.roles, call.layout, lengths, containers, args, [])
+def in_other_form(call, args, roles, long_values, long_flags):
+    """The call with other roles or lengths, or None if it does not work so."""
+    containers = PLAIN if call.container in PLAIN else TENSORS
+    lengths = [(long_values, long_flags)]
+    return first_that_runs(call.function, roles, call.layout, lengths, containers, args, [])
 
 
 def mixes_environments(call):
@@ -901,36 +908,42 @@ def remarks(call, args):
 
 def narrower_terms(call, i, right, args):
     """Yield what would have to hold for a function with a mistake to be right."""
-    rng = np.random.default_rng(args.seed)
-    alone, episodes = replace(call), []
-    alone.ends = alone.same_step_ends = []
-    for end, gamma in itertools.product((None, *call.ends), (0.5, 0.9)):
-        alone.last = "terminated" if end == "terminated" else "running"
-        x = alone.rollout(args, rng, rng.normal, False, gamma)
-        truncations = with_last(x.truncations, end == "truncated")
-        episodes.append(replace(x, truncations=truncations, dones=x.dones | truncations))
-    zeroed = [(x, np.where(x.terminations, 0.0, x.next_values)) for x in call.rollouts]
-    zeroed = [replace(x, next_values=values, values=with_last(x.values, values[-1])) for x, values in zeroed]
-    roles = {name: role.replace("episode_starts", "dones") for name, role in call.roles.items()}
-    name, flag = next(((name, role) for name, role in roles.items() if role != call.roles[name]), (None, None))
-    own = f"{name}[t] is about the end of step t itself: --map {name}={flag}"
+    rng, alone, zeroed, episodes = np.random.default_rng(args.seed), replace(call), [], []
+    alone.ends, alone.same_step_ends, alone.last = [], [], "running"
+    for *discounts, num_steps, size in ROLLOUTS * 3:
+        x = alone.rollout(args, rng, functools.partial(rng.normal, 0.0, size), False, *discounts, num_steps=num_steps)
+        ended = rng.integers(len(call.ends) + 1, size=x.dones.shape[1])  # 0: it runs on
+        kinds = [{"terminated": "terminations", "truncated": "truncations"}[end] for end in call.ends]
+        last = {kind: with_last(x.dones, ended == k) for k, kind in enumerate(kinds, start=1)}
+        episodes.append(replace(x, dones=with_last(x.dones, ended > 0), **last))
+    for x in call.rollouts:
+        next_values = np.where(x.terminations, 0.0, x.next_values)
+        zeroed.append(replace(x, next_values=next_values, values=with_last(x.values, next_values[-1])))
     terms = {
-        "each call holds one episode, or a part of one, with no end before the last row": (call, episodes, call.ends),
-        "what it gets as V(s_{t+1}) is 0 after a termination": (call, zeroed, "terminated" in call.ends),
-        own: (replace(call, roles=roles), call.rollouts, name),
-    }
-    for term, (other, rollouts, applies) in terms.items():
+        "each call holds one episode, or a part of one, with no end before the last row":
+            (episodes, call.ends and not call.has & {"episode_starts", "last_done"}),
+        "what it gets as V(s_{t+1}) is 0 after a termination": (zeroed, "terminated" in call.ends),
+    }  # fmt: skip
+    for term, (rollouts, applies) in terms.items():
         with contextlib.suppress(Fault):
-            if applies and all(agree(x, RIGHT[right](x), other(x)[i]) for x in rollouts):
+            if applies and all(agree(x, RIGHT[right](x), call(x)[i]) for x in rollouts):
                 yield f"it is right if {term}"
+    for name, role in call.roles.items():
+        if "episode_starts" in role:
+            roles = call.roles | {name: role.replace("episode_starts", "dones")}
+            other = in_other_form(call, args, roles, call.long_values, False)
+            if other and other.labels()[i] == right:
+                yield f"it is right if {name}[t] is about the end of step t itself: --map {name}={roles[name]}"
 
 
 def assumptions(call, args):
     """What is taken for granted of a function, right or wrong, because its parameters do not say."""
     names = [name for name, parameter in call.signature.parameters.items() if "VAR" not in parameter.kind.name]
     default = ", ".join(name for name in names if name not in call.roles)
+    valid = next((name for name, role in call.roles.items() if role == "valid"), None)
     notes = [
         (f"left at its default, so not judged: {default} (--map NAME=ROLE passes it)", default),
+        (f"{valid} is 1 on every transition: padding is not judged", valid),
         (f"it takes no gamma: {args.gamma} is expected inside (--gamma)", not call.has & {"gamma", "discounts"}),
         (f"it takes no lambda: {args.gae_lambda} is expected inside (--gae-lambda)", "gae_lambda" not in call.has),
     ]  # fmt: skip
@@ -941,24 +954,29 @@ def judge(function, name, given, args):
     """The verdict on a function, as the dict that --json prints."""
     report = {"function": name, "verdict": "correct", "mistake": None, "cure": None, "t": None, "env": None}
     report |= {"expected": None, "got": None, "rollout": None, "called_with": None, "layout": None, "notes": []}
-    faults, wrong = [], []
+    faults, wrong, terms = [], [], []
     for call in calls_that_run(function, given, args, faults):
         labels = call.labels()
         only_returns = labels == ["lambda-returns"] and "adv" not in name.rpartition(":")[2].lower()
         if only_returns or ("advantages" in labels and None not in labels and len(set(labels)) == len(labels)):
             others = [other for other in wrong if other.roles == call.roles and other.layout != call.layout]
+            fuller = [other.roles.keys() - call.roles.keys() for other in wrong if other.layout == call.layout]
             wrong = [other for other in others if None in other.labels() and mixes_environments(other)]
+            is_full = call.long_values and not call.has & {"bootstrap", "next_values"}  # and would it do with less?
+            short = in_other_form(call, args, call.roles, False, call.long_flags) if is_full else None
+            blamed = blame(short, 1) if short and None in short.labels() else None
+            if not wrong and blamed and blamed[0] == NO_BOOTSTRAP:
+                wrong, terms = [short], ["given T + 1 rows of values, it is right"]
             if not wrong:
-                silent = [f"on {other.layout} it is wrong without an error" for other in others]
-                if short := with_t_values(call, args):
-                    blamed = blame(short, 1) if None in short.labels() else None
-                    if blamed and blamed[0] == NO_BOOTSTRAP:
-                        wrong = [short]
-                        break
-                    limits = "it is wrong without an error" if None in short.labels() else ONE_TERMINATED
-                    silent += [": ".join(["given T rows of values, " + limits, *(blamed or ())[:1]])]
+                notes = [f"on {other.layout} it is wrong without an error" for other in others]
+                notes += [f"given {name}, too, it is wrong" for name in sorted(set().union(*fuller))]
+                if short and None in short.labels():
+                    mistake = f": {blamed[0]}" if blamed else ""
+                    notes += [f"given T rows of values, it is wrong without an error{mistake}"]
+                elif short and short.last != call.last:
+                    notes += [f"given T rows of values, {ONE_TERMINATED}"]
                 report |= {"called_with": str(call), "layout": call.layout}
-                return report | {"notes": silent + remarks(call, args)}
+                return report | {"notes": notes + remarks(call, args)}
             break
         wrong.append(call)
     if not wrong:
@@ -982,7 +1000,7 @@ def judge(function, name, given, args):
     return report | {
         "verdict": "mistake" if cure else "unknown mistake", "mistake": mistake, "cure": cure, "t": t, "env": env,
         "expected": float(expected[t, env]), "got": float(got[t, env]), "called_with": str(call), "layout": call.layout,
-        "notes": [*narrower_terms(call, i, right, args), *assumptions(call, args)]
+        "notes": [*terms, *narrower_terms(call, i, right, args), *assumptions(call, args)]
         + ["expected and got are lambda-returns"] * (right == "lambda-returns"),
         "rollout": {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in rollout.items()},
     }  # fmt: skip

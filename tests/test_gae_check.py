@@ -1226,7 +1226,8 @@ def test_an_optional_flag_may_mean_another_thing_beside_one_that_tells_the_same(
     names = {"textbook": textbook}
     exec(text.format(name, default, "dones", name, default), names)
     report = verdict(names["gae"])
-    assert report["verdict"] == "correct" and f"left at its default, so not judged: {name}" in report["notes"][0]
+    assert report["verdict"] == "correct" and f"left at its default, so not judged: {name}" in " ".join(report["notes"])
+    assert (f"given {name}, too, it is wrong" in report["notes"]) == (name == "mask")
     exec(text.format(name, default, "0 * dones", name, default), names)
     assert verdict(names["gae"])["verdict"] != "correct"
 
@@ -1545,6 +1546,7 @@ def test_a_function_that_adds_a_last_value_of_0_is_not_right():
 
     report = verdict(gae)
     assert report["mistake"] == "no bootstrap at the end of the rollout" and "lists" in report["called_with"]
+    assert "given T + 1 rows of values, it is right" in report["notes"]
 
 
 def test_a_function_that_does_without_a_last_value():
@@ -1588,6 +1590,23 @@ def test_masks_of_the_step_before(right):
     assert (mapped["verdict"] == "correct") != right
 
 
+@pytest.mark.parametrize("ignores_the_last", [False, True])
+def test_starts_that_are_used_as_dones(ignores_the_last):
+    """That is right if they are dones, and of all steps: else to say so would lead to the next mistake."""
+
+    def gae(rewards, values, episode_starts, next_value, gamma, lam):
+        after = 1.0 - np.array(episode_starts, float)[: len(rewards)]
+        after[-1] = 1.0 if ignores_the_last else after[-1]
+        next_values = np.concatenate([values[1:], [next_value]])
+        return backward(rewards, values, next_values, after, gamma * lam, gamma * after)
+
+    report = verdict(gae)
+    note = "it is right if episode_starts[t] is about the end of step t itself: --map episode_starts=dones"
+    assert report["mistake"] == "done flag one step late" and (note in report["notes"]) != ignores_the_last
+    mapped = verdict(gae, given=[("episode_starts", "dones")])
+    assert (mapped["verdict"] == "correct") != ignores_the_last
+
+
 def test_a_mask_of_terminations_beside_one_of_dones():
     def gae(rewards, undones, values, next_values, unterminated, gamma, lam):
         return backward(rewards, values, next_values, undones, gamma * lam, gamma * unterminated)
@@ -1612,7 +1631,40 @@ def test_a_mask_of_padding():
         next_values = np.concatenate([values[1:], 0.0 * values[:1]])
         return response_mask * backward(rewards, values, next_values, response_mask, gamma * lam, gamma * response_mask)
 
-    assert verdict(gae)["verdict"] == "correct"
+    report = verdict(gae)
+    assert report["verdict"] == "correct"
+    assert "response_mask is 1 on every transition: padding is not judged" in report["notes"]
+
+
+def test_a_discount_beside_gamma_is_no_termination_that_tells_the_same():
+    def gae(rewards, values, next_values, terminated, gamma, lam, discounts=None):
+        not_done = 1.0 - terminated
+        return backward(rewards, values, next_values, not_done, gamma * lam, gamma * not_done)
+
+    assert verdict(gae)["mistake"] == "the sum is not cut at a truncation"
+
+
+def test_names_with_lambda():
+    def only(rewards, values, next_value, dones, gamma, lamda_tradeoff):
+        return textbook(rewards, values, next_value, dones, gamma, lamda_tradeoff)
+
+    def beside(rewards, values, next_value, dones, gamma, lam, lambda_entropy=0.01, lambda_value=1.0):
+        return textbook(rewards, values, next_value, dones, gamma, lam)
+
+    def switch(rewards, values, next_value, dones, gamma, use_lambda=True):
+        return textbook(rewards, values, next_value, dones, gamma, 0.95 if use_lambda is True else 0.0)
+
+    for function in (only, beside, switch):
+        assert verdict(function)["verdict"] == "correct"
+
+
+def test_a_switch_is_left_as_it_is():
+    def gae(rewards, values, next_value, gamma=0.99, lam=0.95, episode_end=False):
+        no = 0.0 * rewards
+        return textbook(rewards, values, 0.0 * next_value if episode_end else next_value, no, gamma, lam)
+
+    report = verdict(gae)
+    assert report["verdict"] == "correct" and "not judged: episode_end" in " ".join(report["notes"])
 
 
 def test_gamma_1_inside():
@@ -1640,9 +1692,37 @@ def test_a_mistake_is_none_on_narrower_terms():
         not_done = 1.0 - (terminated | truncated)
         return backward(rewards, values, next_values, not_done, gamma * lam, gamma * not_done)
 
-    notes = {f: verdict(f)["notes"] for f in (uncut, unmasked, truncated_is_terminated)}
-    assert [ONE_EPISODE in found for found in notes.values()] == [True, False, False]
-    assert [ZEROED in found for found in notes.values()] == [False, True, False]
+    def clipped(rewards, values, next_values, terminated, truncated, gamma, lam):
+        dones = terminated | truncated
+        return compute_gae(rewards, values, next_values, terminated, dones, gamma, lam).clip(-10, 10)
+
+    def any_end(rewards, values, next_value, dones, gamma, lam):
+        return textbook(rewards, values, next_value, dones.any(-1, keepdims=True) + 0 * dones, gamma, lam)
+
+    def one_lambda(rewards, values, next_values, terminated, truncated, gamma, lam):
+        return compute_gae(rewards, values, next_values, terminated, terminated | truncated, gamma, 0.8)
+
+    functions = uncut, unmasked, truncated_is_terminated, clipped, any_end, one_lambda
+    notes = {f: verdict(f)["notes"] for f in functions}
+    assert [f for f, found in notes.items() if ONE_EPISODE in found] == [uncut]
+    assert [f for f, found in notes.items() if ZEROED in found] == [unmasked]
+
+
+def test_the_line_that_raises_in_what_has_no_code():
+    class Gae:
+        def __call__(self, rewards, values, dones, gamma, lam):
+            raise KeyError("boom")
+
+    line = Gae.__call__.__code__.co_firstlineno + 1
+    assert verdict(Gae())["mistake"] == f"it raises KeyError in line {line}: 'boom'"
+
+
+def test_parameters_that_mean_the_same_only_together():
+    def gae(rewards, values, episode_starts, dones, last_done, last_value, gamma, lam):
+        raise AssertionError("is not called")
+
+    with pytest.raises(gae_check.UsageError, match=r"what is meant by .*dones \(dones\), last_done"):
+        verdict(gae)
 
 
 def test_the_line_that_raises_is_of_the_function_not_of_what_is_round_it():
