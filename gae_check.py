@@ -962,8 +962,7 @@ def judge(function, name, given, args):
             others = [other for other in wrong if other.roles == call.roles and other.layout != call.layout]
             fuller = [other.roles.keys() - call.roles.keys() for other in wrong if other.layout == call.layout]
             wrong = [other for other in others if None in other.labels() and mixes_environments(other)]
-            is_full = call.long_values and not call.has & {"bootstrap", "next_values"}  # and would it do with less?
-            short = in_other_form(call, args, call.roles, False, call.long_flags) if is_full else None
+            short = in_other_form(call, args, call.roles, False, call.long_flags) if call.long_values else None
             blamed = blame(short, 1) if short and None in short.labels() else None
             if not wrong and blamed and blamed[0] == NO_BOOTSTRAP:
                 wrong, terms = [short], ["given T + 1 rows of values, it is right"]
@@ -973,7 +972,7 @@ def judge(function, name, given, args):
                 if short and None in short.labels():
                     mistake = f": {blamed[0]}" if blamed else ""
                     notes += [f"given T rows of values, it is wrong without an error{mistake}"]
-                elif short and short.last != call.last:
+                elif short:
                     notes += [f"given T rows of values, {ONE_TERMINATED}"]
                 report |= {"called_with": str(call), "layout": call.layout}
                 return report | {"notes": notes + remarks(call, args)}

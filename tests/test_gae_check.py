@@ -1217,7 +1217,7 @@ def test_a_flag_with_is_before_its_name_is_passed():
     assert verdict(inverted)["mistake"] == "done flag inverted"
 
 
-@pytest.mark.parametrize("name, default", [("mask", None), ("first", True), ("end", None), ("discount", None)])
+@pytest.mark.parametrize("name, default", [("mask", None), ("first", None), ("first", True), ("end", None)])
 def test_an_optional_flag_may_mean_another_thing_beside_one_that_tells_the_same(name, default):
     """Such as a mask of padding beside dones; dones themselves must be passed even if they could be left out."""
     text = """def gae(rewards, values, next_value, dones, gamma, lam, {}={}):
@@ -1560,6 +1560,16 @@ def test_a_function_that_does_without_a_last_value():
     assert "given T rows of values, it is right for an episode that terminates, and for no other" in report["notes"]
 
 
+def test_a_function_that_knows_no_last_value_is_told_nothing_of_it():
+    def gae(rewards, values, gamma, lam):
+        ones, next_values = np.ones(len(rewards)), np.concatenate([values[1:], 0.0 * values[:1]])
+        return backward(rewards, values, next_values + 0.0 * rewards, ones, gamma * lam, gamma * ones)
+
+    notes = verdict(gae)["notes"]
+    assert "without V(s_T) it is right for an episode that terminates, and for no other" in notes
+    assert not any("V(s_T) being 0" in note for note in notes)
+
+
 def test_a_function_that_starts_from_the_last_of_its_values():
     """Right with T + 1; with T, the last step would bootstrap from its own value."""
 
@@ -1605,6 +1615,20 @@ def test_starts_that_are_used_as_dones(ignores_the_last):
     assert report["mistake"] == "done flag one step late" and (note in report["notes"]) != ignores_the_last
     mapped = verdict(gae, given=[("episode_starts", "dones")])
     assert (mapped["verdict"] == "correct") != ignores_the_last
+
+
+def test_dones_of_their_own_step_beside_the_last_one():
+    """Read as starts, they would cut the first step of an episode."""
+
+    def gae(rewards, values, dones, next_value, last_done, gamma, lam):
+        not_done = 1.0 - np.array(dones, float)
+        next_values = np.concatenate([values[1:], [next_value * (1.0 - last_done)]])
+        return backward(rewards, values, next_values, not_done, gamma * lam, gamma * not_done)
+
+    notes = verdict(gae)["notes"]
+    assert "it is right if dones[t] is about the end of step t itself: --map dones=dones" in notes
+    assert ONE_EPISODE not in notes
+    assert verdict(gae, given=[("dones", "dones")])["verdict"] == "correct"
 
 
 def test_a_mask_of_terminations_beside_one_of_dones():
@@ -1654,8 +1678,18 @@ def test_names_with_lambda():
     def switch(rewards, values, next_value, dones, gamma, use_lambda=True):
         return textbook(rewards, values, next_value, dones, gamma, 0.95 if use_lambda is True else 0.0)
 
-    for function in (only, beside, switch):
+    def two(rewards, values, next_value, dones, gamma, lambda_critic=0.95, lambda_actor=0.5):
+        return textbook(rewards, values, next_value, dones, gamma, lambda_critic)
+
+    for function in (only, beside, switch, two):
         assert verdict(function)["verdict"] == "correct"
+
+
+def test_a_last_done_is_no_switch():
+    def gae(rewards, values, dones, next_value, gamma, lam, next_done=False):
+        return cleanrl(rewards, values, dones, next_value, next_done, gamma, lam)
+
+    assert verdict(gae)["verdict"] == "correct"
 
 
 def test_a_switch_is_left_as_it_is():
