@@ -51,13 +51,15 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics, RecordVideo, Tran
 from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
+NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that it may use
+
 
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     seed: int = 1  # seed of the environments, the initial weights and the actions
     total_timesteps: int = 200_000  # steps of all workers together, rounded down to whole rollouts
-    num_workers: int = os.cpu_count() or 1  # processes that collect and learn, without waiting for each other
+    num_workers: int = NUM_CORES  # processes that collect and learn, without waiting for each other
     num_envs: int = 1  # N, environments of each worker, which step together
     num_steps: int = 64  # T or t_max, steps of each environment in a rollout
     vectorization_mode: Literal["sync", "native"] | None = None  # None: native where it pays, else sync

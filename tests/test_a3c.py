@@ -106,6 +106,15 @@ def test_one_worker_is_a2c_to_the_last_bit(env_id, flags, tmp_path):
     assert all(float(row["staleness_max"]) == 0 for row in rows)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no sched_setaffinity")
+def test_there_are_as_many_workers_as_cores_that_the_process_may_use():
+    """A batch system may allow a job few of the cores of a machine."""
+    one = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    code = f"import os; {one}; import a3c; print(a3c.Args().num_workers)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(a3c.__file__).parent, capture_output=True, text=True)
+    assert run.stdout == "1\n", run.stderr
+
+
 def test_the_log_has_the_columns_of_a2c_and_the_staleness(tmp_path):
     a3c.train(a3c.Args(num_workers=1, num_steps=512, total_timesteps=2100, run_dir="a3c"))
     a2c.train(a2c.Args(num_steps=8, total_timesteps=128, run_dir="a2c"))
