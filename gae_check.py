@@ -910,7 +910,8 @@ def narrower_terms(call, i, right, args):
     """Yield what would have to hold for a function with a mistake to be right."""
     rng, alone, zeroed, episodes = np.random.default_rng(args.seed), replace(call), [], []
     alone.ends, alone.same_step_ends, alone.last = [], [], "running"
-    for *discounts, num_steps, size in ROLLOUTS * 3:
+    knows_starts = call.has & {"episode_starts", "last_done"}  # of which an episode has one in its first row
+    for *discounts, num_steps, size in ROLLOUTS * 3 if call.ends and not knows_starts else ():
         x = alone.rollout(args, rng, functools.partial(rng.normal, 0.0, size), False, *discounts, num_steps=num_steps)
         ended = rng.integers(len(call.ends) + 1, size=x.dones.shape[1])  # 0: it runs on
         kinds = [{"terminated": "terminations", "truncated": "truncations"}[end] for end in call.ends]
@@ -920,13 +921,12 @@ def narrower_terms(call, i, right, args):
         next_values = np.where(x.terminations, 0.0, x.next_values)
         zeroed.append(replace(x, next_values=next_values, values=with_last(x.values, next_values[-1])))
     terms = {
-        "each call holds one episode, or a part of one, with no end before the last row":
-            (episodes, call.ends and not call.has & {"episode_starts", "last_done"}),
-        "what it gets as V(s_{t+1}) is 0 after a termination": (zeroed, "terminated" in call.ends),
-    }  # fmt: skip
-    for term, (rollouts, applies) in terms.items():
+        "each call holds one episode, or a part of one, with no end before the last row": episodes,
+        "what it gets as V(s_{t+1}) is 0 after a termination": zeroed,
+    }
+    for term, rollouts in terms.items():
         with contextlib.suppress(Fault):
-            if applies and all(agree(x, RIGHT[right](x), call(x)[i]) for x in rollouts):
+            if rollouts and all(agree(x, RIGHT[right](x), call(x)[i]) for x in rollouts):
                 yield f"it is right if {term}"
     for name, role in call.roles.items():
         if "episode_starts" in role:
