@@ -51,7 +51,8 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics, RecordVideo, Tran
 from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
-NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that it may use
+# Cores that this process may use: a batch system allows a job few of those of the machine.
+NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass

@@ -724,7 +724,7 @@ def calls_that_run(function, given, args, faults):
     """For every reading of the parameters and every layout: the first way to call the function that works.
 
     Two ways are tried where a function can mean either: T + 1 values, or T, if it takes no bootstrap; T + 1 episode
-    starts, or T, if it is not told the last done. What returns other numbers when it is called again does not work.
+    starts, or T, if it is not told the last done.
     """
     uses_torch = "torch" in getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
     ran = []
@@ -748,7 +748,7 @@ def calls_that_run(function, given, args, faults):
 
 
 def first_that_runs(function, roles, layout, lengths, containers, args, faults):
-    """A Call of the first of these forms that works, or None."""
+    """A Call of the first of these forms that works, or None. What gives other numbers when called again does not."""
     for length, *form in itertools.product(lengths, containers, (False, True), (False, True)):
         call, rng = Call(function, roles, layout, *length, *form), np.random.default_rng(args.seed)
         try:
@@ -911,10 +911,10 @@ def narrower_terms(call, i, right, args):
     rng, alone, zeroed, episodes = np.random.default_rng(args.seed), replace(call), [], []
     alone.ends, alone.same_step_ends, alone.last = [], [], "running"
     knows_starts = call.has & {"episode_starts", "last_done"}  # of which an episode has one in its first row
-    for *discounts, num_steps, size in ROLLOUTS * 3 if call.ends and not knows_starts else ():
+    kinds = [{"terminated": "terminations", "truncated": "truncations"}[end] for end in call.ends]
+    for *discounts, num_steps, size in ROLLOUTS * 3 if kinds and not knows_starts else ():
         x = alone.rollout(args, rng, functools.partial(rng.normal, 0.0, size), False, *discounts, num_steps=num_steps)
-        ended = rng.integers(len(call.ends) + 1, size=x.dones.shape[1])  # 0: it runs on
-        kinds = [{"terminated": "terminations", "truncated": "truncations"}[end] for end in call.ends]
+        ended = rng.integers(len(kinds) + 1, size=x.dones.shape[1])  # 0: it runs on
         last = {kind: with_last(x.dones, ended == k) for k, kind in enumerate(kinds, start=1)}
         episodes.append(replace(x, dones=with_last(x.dones, ended > 0), **last))
     for x in call.rollouts:

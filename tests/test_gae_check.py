@@ -1660,6 +1660,19 @@ def test_a_mask_of_padding():
     assert "response_mask is 1 on every transition: padding is not judged" in report["notes"]
 
 
+def test_a_mask_of_valid_rows_leaves_out_the_resets():
+    seen = []
+
+    def gae(rewards, values, next_values, terminated, truncated, valid, gamma, lam):
+        dones = terminated | truncated
+        seen.append((np.array(dones, bool), np.array(valid, bool)))
+        return compute_gae(rewards, values[: len(rewards)], next_values, terminated, dones, gamma, lam)
+
+    assert verdict(gae)["verdict"] == "correct"
+    assert any(not valid.all() for _, valid in seen)
+    assert all(dones[:-1][~valid[1:]].all() and valid[0].all() for dones, valid in seen if dones.ndim == 2)
+
+
 def test_a_discount_beside_gamma_is_no_termination_that_tells_the_same():
     def gae(rewards, values, next_values, terminated, gamma, lam, discounts=None):
         not_done = 1.0 - terminated
