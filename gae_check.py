@@ -534,8 +534,8 @@ def readings(function, given):
             roles[name] = given.get(name, role)
         elif parameter.default is parameter.empty and "VAR" not in parameter.kind.name:
             unknown.append(name)
-    lambdas = [name for name, parameter in parameters.items()
-               if re.search("lamb?da", name.lower()) and not isinstance(parameter.default, bool)]
+    lambdas = [name for name in parameters.keys() - roles.keys()
+               if re.search("lamb?da", name.lower()) and not isinstance(parameters[name].default, bool)]
     if "gae_lambda" not in roles.values() and len(lambdas) == 1:
         roles |= dict.fromkeys(lambdas, "gae_lambda")
         unknown = [name for name in unknown if name not in lambdas]

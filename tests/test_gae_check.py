@@ -1697,6 +1697,11 @@ def test_names_with_lambda():
     for function in (only, beside, switch, two):
         assert verdict(function)["verdict"] == "correct"
 
+    def discount_of_the_lambda_return(rewards, values, next_value, dones, lambda_discount):
+        return textbook(rewards, values, next_value, dones, lambda_discount, 0.95)
+
+    assert verdict(discount_of_the_lambda_return, given=[("lambda_discount", "gamma")])["verdict"] == "correct"
+
 
 def test_a_last_done_is_no_switch():
     def gae(rewards, values, dones, next_value, gamma, lam, next_done=False):
