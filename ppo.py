@@ -124,21 +124,19 @@ def make_envs(args):
         hint = " (pip install ale-py)" if is_atari and isinstance(error, ImportError) else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{flag}: {reason}{hint}") from error
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    obs_space, space = envs.single_observation_space, envs.single_action_space
     autoreset_mode = envs.metadata.get("autoreset_mode")
     if not isinstance(obs_space, Box):
-        raise ConfigError(f"--env-id {args.env_id}: observations must be a Box, not {obs_space}; wrap the environment")
-    if not (isinstance(action_space, Discrete) or isinstance(action_space, Box) and action_space.dtype.kind == "f"):
-        raise ConfigError(f"--env-id {args.env_id}: actions must be Discrete or a Box of floats, not {action_space}")
+        raise ConfigError(f"--env-id {args.env_id}: observations must be a Box; wrap {obs_space} in FlattenObservation")
+    if not (isinstance(space, Discrete) or isinstance(space, Box) and space.dtype.kind == "f"):
+        raise ConfigError(f"--env-id {args.env_id}: actions must be Discrete or a Box of floats, not {space}")
     if autoreset_mode != gym.vector.AutoresetMode.NEXT_STEP:
         raise ConfigError(f"--vectorization-mode: {autoreset_mode} of {args.env_id} is not NEXT_STEP; try sync")
     envs = RecordEpisodeStatistics(envs)
-    if isinstance(action_space, Box):
-        low, high, dtype = action_space.low, action_space.high, action_space.dtype
-        envs = TransformAction(envs, lambda actions: actions.clip(low, high).astype(dtype, copy=False))
-    elif action_space.start != 0 or action_space.dtype != np.int64:
-        start, dtype = int(action_space.start), action_space.dtype
-        envs = TransformAction(envs, lambda actions: (actions + start).astype(dtype))
+    if isinstance(space, Box):
+        envs = TransformAction(envs, lambda x: x.clip(space.low, space.high).astype(space.dtype, copy=False))
+    elif space.start != 0 or space.dtype != np.int64:
+        envs = TransformAction(envs, lambda x: (x + space.start).astype(space.dtype))
     return envs
 
 
@@ -191,12 +189,11 @@ class Agent(nn.Module):
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
         is_box, num_outputs = isinstance(action_space, Box), gym.spaces.flatdim(action_space)
         self.log_std = nn.Parameter(torch.full(action_space.shape, float(log_std_init))) if is_box else None
-        self.obs_shape, self.is_uint8 = obs_space.shape, obs_space.dtype == np.uint8
+        self.obs_shape, is_3d_uint8 = obs_space.shape, obs_space.dtype == np.uint8 and len(obs_space.shape) == 3
         self.obs_statistics = RunningStatistics(self.obs_shape) if normalize_obs else None
         self.return_statistics = RunningStatistics(()) if normalize_reward else None
-        self.obs_max = int(obs_space.high.max(initial=1)) if self.is_uint8 else None  # 255 of images
-        is_3d = len(self.obs_shape) == 3  # the CNN takes (C, H, W) and (H, W, C), with H and W of at least 36
-        self.is_image = self.is_uint8 and is_3d and self.obs_shape[1] >= sorted(self.obs_shape)[1] >= 36
+        # The CNN takes (C, H, W) and (H, W, C), with H and W of at least 36.
+        self.is_image = is_3d_uint8 and self.obs_shape[1] >= sorted(self.obs_shape)[1] >= 36
         if self.is_image:
             channels, height, width = sorted(self.obs_shape)  # which side is the height makes no difference here
             self.encoder = nn.Sequential(
@@ -219,8 +216,8 @@ class Agent(nn.Module):
             return torch.cat([self.encode(part) for part in parts]).reshape(*obs.shape[:-3], -1)
         if self.obs_statistics is not None:
             obs = ((obs - self.obs_statistics.mean) / (self.obs_statistics.var + 1e-8).sqrt()).clamp(-10, 10)
-        elif self.is_uint8:
-            obs = obs / self.obs_max
+        elif self.is_image:
+            obs = obs / 255  # other bytes are often small numbers, like the codes of a grid's cells
         obs = obs.float()
         if not self.is_image:
             return obs.reshape(*obs.shape[: obs.ndim - len(self.obs_shape)], -1)
@@ -271,8 +268,6 @@ class NumpyPolicy:
         else:
             if self.agent.obs_statistics is not None:
                 obs = ((obs - self.obs_mean) / self.obs_std).clip(-10, 10)
-            elif self.agent.is_uint8:
-                obs = obs / self.agent.obs_max
             w1, b1, w2, b2, w3, b3 = self.weights
             hidden = np.tanh(obs.astype(np.float32).reshape(len(obs), -1) @ w1 + b1)
             outputs = np.tanh(hidden @ w2 + b2) @ w3 + b3
@@ -320,9 +315,8 @@ def train(args):
     Raises a ConfigError before it begins, a FloatingPointError as soon as something is not finite, a RunError if the
     disk is full, and a SystemExit after the iteration in which Ctrl-C or SIGTERM has come.
     """
-    rank, world_size = 0, 1
-    if torch.distributed.is_initialized():
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    world_size = len(gather(rank))
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     check_args(args, world_size, checkpoint)
     numbers = {name: x.item() for name, x in vars(args).items() if isinstance(x, np.generic)}
@@ -594,8 +588,8 @@ def evaluate(agent, args, run_dir):
     returns, quotas = [[] for _ in range(N)], [num_episodes // N + (i < num_episodes % N) for i in range(N)]
     torch.manual_seed(args.seed)
     obs, _ = envs.reset(seed=int(np.random.default_rng((args.seed, 2)).integers(2**31 - N)))  # others than training's
-    step = 0
-    while any(len(ours) < quota for ours, quota in zip(returns, quotas)):
+    step, bar = 0, tqdm(total=num_episodes, desc="evaluation", unit="episode", leave=False)
+    while sum(map(len, returns)) < num_episodes:
         with torch.no_grad():
             dist = agent.get_dist(torch.as_tensor(obs, dtype=torch.float32, device=next(agent.parameters()).device))
             actions = dist.mode if args.eval_deterministic else dist.sample()
@@ -603,9 +597,12 @@ def evaluate(agent, args, run_dir):
         step += N
         check_finite(step, evaluation_observation=obs, evaluation_reward=rewards)
         for i in np.flatnonzero(infos.get("_episode", False)):
-            returns[i].append(infos["episode"]["r"][i].item())
+            if len(returns[i]) < quotas[i]:
+                returns[i].append(infos["episode"]["r"][i].item())
+                bar.update()
+    bar.close()
     envs.close()
-    returns = np.concatenate([ours[:quota] for ours, quota in zip(returns, quotas)])
+    returns = np.concatenate(returns)
     mean, std = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else math.nan
     samples = np.random.default_rng(0).standard_t(max(num_episodes - 1, 1), 10**6)  # of Student's t, for its quantile
     t = np.quantile(np.abs(samples), 0.95)
@@ -653,11 +650,9 @@ def set_process_state(state, envs, rng, rows):
         return False
     torch.set_rng_state(state["torch_rng"])
     rng.bit_generator.state = state["rng"]
-    if state["parts"] is None:
-        return False
-    for row, value in zip(rows, state["rows"]):
+    for row, value in zip(rows, state["rows"] or ()):
         row[...] = value.numpy()
-    for part, values in zip(env_parts(envs), state["parts"]):
+    for part, values in zip(env_parts(envs), state["parts"] or ()):
         for name, x in values.items():
             if name not in vars(part):
                 raise ConfigError(f"--resume: {type(part).__name__} has no {name}")
@@ -665,7 +660,7 @@ def set_process_state(state, envs, rng, rows):
                 getattr(part, name).bit_generator.state = x
             else:
                 setattr(part, name, x.numpy()[()] if isinstance(x, torch.Tensor) else x)
-    return True
+    return state["parts"] is not None
 
 
 def load_checkpoint(path):
@@ -719,12 +714,11 @@ class Run:
             raise ConfigError(f"{error.filename or self.dir}: {error.strerror}; {remedy}") from error
         self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
         if args.track:
-            resume = "allow" if self.wandb_id else None
-            info = {"name": self.dir.name, "id": self.wandb_id, "resume": resume, "config": vars(args), "dir": self.dir}
+            info = {"name": self.dir.name, "id": self.wandb_id, "resume": "allow", "config": vars(args)}
             try:
                 import wandb
 
-                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, **info)
+                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, dir=self.dir, **info)
             except Exception as error:
                 if not checkpoint:
                     os.remove(self.csv.name)  # leaves the folder to the next try
@@ -758,16 +752,7 @@ class Run:
             "episodes": self.num_episodes,
             "episodic_return": mean_return,
             "episodic_length": mean_length,
-        }
-        self.write(metrics | update)
-        last_return = f"return {np.mean(self.last_returns):.1f}" if self.last_returns else "no episode has ended"
-        self.summary = f"{self.args.env_id}: {last_return}, {global_step} steps in {self.seconds:.1f} s{self.note}"
-        self.bar.set_postfix_str(last_return, refresh=False)
-        self.bar.update(global_step - self.global_step)
-        self.global_step = global_step
-
-    def write(self, metrics):
-        """Write a row of metrics.csv, after the header if it is the first, and send it to Weights & Biases."""
+        } | update
         cells = ["" if value is None else str(value) for value in metrics.values()]
         lines = [",".join(metrics)] * (self.csv.tell() == 0) + [",".join(cells)]
         data = "".join(f"{line}\n" for line in lines).encode()
@@ -777,6 +762,11 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.csv.name}: {error.strerror}") from error
         self.send(metrics)
+        last_return = f"return {np.mean(self.last_returns):.1f}" if self.last_returns else "no episode has ended"
+        self.summary = f"{self.args.env_id}: {last_return}, {global_step} steps in {self.seconds:.1f} s{self.note}"
+        self.bar.set_postfix_str(last_return, refresh=False)
+        self.bar.update(global_step - self.global_step)
+        self.global_step = global_step
 
     def send(self, metrics, exit_code=None):
         """Send metrics and new videos to Weights & Biases; with an exit code, the newest video, too, whole by then."""
