@@ -771,6 +771,8 @@ class Run:
                 self.envs.unwrapped.closed = True
         self.envs.close()
         if self.is_main:
+            if self.csv.tell() == 0:
+                Path(self.csv.name).unlink(missing_ok=True)  # leaves the folder to the next try
             self.csv.close()
             if self.summary and (is_stopped or not error):
                 print(f"{self.summary}, {self.dir}")

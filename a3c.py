@@ -466,9 +466,9 @@ def arrivals(workers, reports, run, num_rollouts, num_iterations):
 def train(args):
     """Train an Agent as `args` say, write its log and checkpoints to a run folder, and return the agent.
 
-    Raises a ConfigError before it begins, a FloatingPointError as soon as something is not finite, a ProcessException of
-    torch.multiprocessing, with the traceback, as soon as a worker has failed otherwise or was killed, a RunError if the
-    disk is full or a worker has left, and a SystemExit once the workers have ended upon Ctrl-C or SIGTERM.
+    Raises a ConfigError before it begins, a FloatingPointError as soon as something is not finite, a ProcessException
+    of torch.multiprocessing, with the traceback, as soon as a worker has failed otherwise or was killed, a RunError if
+    the disk is full or a worker has left, and a SystemExit once the workers have ended upon Ctrl-C or SIGTERM.
     """
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     check_args(args, checkpoint=checkpoint)
@@ -766,6 +766,8 @@ class Run:
                 print(failure, file=sys.stderr)  # what the run failed of comes first
         self.envs.close()
         if self.is_main:
+            if self.csv.tell() == 0:
+                Path(self.csv.name).unlink(missing_ok=True)  # leaves the folder to the next try
             self.csv.close()
             if self.summary and (is_stopped or not error):
                 print(f"{self.summary}, {self.dir}")

@@ -1482,7 +1482,7 @@ def test_a_rollout_of_images_has_the_features_of_each_image_alone(space):
     assert values.shape == (301, 2)
 
 
-@pytest.mark.parametrize("space, most", [(CHW, 255), (RAM, 1), (BITS, 1), (Box(0, 255, (7, 7, 3), np.uint8), 1)], ids=str)
+@pytest.mark.parametrize("space, most", [(CHW, 255), (RAM, 1), (Box(0, 255, (7, 7, 3), np.uint8), 1)], ids=str)
 def test_the_bytes_of_images_are_brought_to_the_unit_interval_and_others_left_alone(space, most):
     agent, obs = make_agent(space), sample(space, 2)
     agent.encoder = torch.nn.Flatten()  # of images: encode gives what the network would get

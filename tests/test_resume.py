@@ -242,15 +242,15 @@ def interrupt(script, function, rows, number=signal.SIGTERM):
     """Call a function that trains, in which the signal comes after so many rows of the log."""
     run, written = MODULES[script].Run, []
 
-    def write(self, metrics):
-        original(self, metrics)
-        written.append(metrics)
+    def log(self, *args):
+        original(self, *args)
+        written.append(args)
         if len(written) == rows:
             os.kill(os.getpid(), number)
 
-    original = run.write
+    original = run.log
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "write", write)
+        patch.setattr(run, "log", log)
         if number == signal.SIGKILL:
             pid = os.fork()
             if pid == 0:
@@ -1047,14 +1047,14 @@ def test_one_episode_has_no_spread(script):
 @the_exact_scripts
 def test_a_signal_that_comes_after_the_processes_have_agreed_ends_the_next_iteration(script, monkeypatch):
     module, sent = MODULES[script], []
-    write = module.Run.write
+    log = module.Run.log
 
-    def write_and_interrupt(self, metrics):
-        write(self, metrics)
+    def log_and_interrupt(self, *args):
+        log(self, *args)
         if len(rows_of()) == 3:
             sent.append(os.kill(os.getpid(), signal.SIGTERM))
 
-    monkeypatch.setattr(module.Run, "write", write_and_interrupt)
+    monkeypatch.setattr(module.Run, "log", log_and_interrupt)
     with pytest.raises(SystemExit) as stop:
         train(script, **small(script, 50))
     assert stop.value.code == 143 and len(sent) == 1
@@ -1323,6 +1323,15 @@ def test_a_folder_in_a_file_and_the_folder_of_another_run_are_refused(script, st
     log = Path("run/metrics.csv").read_bytes()
     assert_refused(start(script, run_dir="run").finish(), f"{script}.py: run/metrics.csv: File exists", "--run-dir")
     assert Path("run/metrics.csv").read_bytes() == log
+
+
+@each_script
+def test_a_run_that_fails_before_its_first_row_leaves_the_folder_to_the_next_try(script):
+    flags = small(script, 1, env_id="FlawedReward-v0", num_steps=500)
+    with pytest.raises(FloatingPointError, match="reward"):
+        train(script, **flags)
+    train(script, **{**flags, "env_id": "Noise-v0"})
+    assert len(rows_of()) == 1
 
 
 @needs_proc
