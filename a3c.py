@@ -65,7 +65,7 @@ class Args:
     num_steps: int = 64  # T or t_max, steps of each environment in a rollout
     vectorization_mode: Literal["sync", "native"] | None = None  # None: native where it pays, else sync
     env_kwargs: tuple[tuple[str, int | float | bool | str], ...] | None = None  # arguments of environments: NAME VALUE
-    normalize_obs: bool = False  # standardize observations by their running mean and variance, and clip them to +-10
+    normalize_obs: bool = False  # standardize observations, as byte vectors always are, and clip them to +-10
     normalize_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     clip_reward: float | None = None  # bound on |reward|, after any normalization: 10 goes with it, 1 with Atari
     log_std_init: float = 0.0  # initial log standard deviation of continuous actions
@@ -130,7 +130,7 @@ def make_envs(args):
     obs_space, space = envs.single_observation_space, envs.single_action_space
     autoreset_mode = envs.metadata.get("autoreset_mode")
     if not isinstance(obs_space, Box):
-        raise ConfigError(f"--env-id {args.env_id}: observations must be a Box; wrap {obs_space} in FlattenObservation")
+        raise ConfigError(f"--env-id {args.env_id}: observations must be Box, not {obs_space}; try FlattenObservation")
     if not (isinstance(space, Discrete) or isinstance(space, Box) and space.dtype.kind == "f"):
         raise ConfigError(f"--env-id {args.env_id}: actions must be Discrete or a Box of floats, not {space}")
     if autoreset_mode != gym.vector.AutoresetMode.NEXT_STEP:
@@ -190,11 +190,13 @@ class Agent(nn.Module):
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
         is_box, num_outputs = isinstance(action_space, Box), gym.spaces.flatdim(action_space)
         self.log_std = nn.Parameter(torch.full(action_space.shape, float(log_std_init))) if is_box else None
-        self.obs_shape, is_3d_uint8 = obs_space.shape, obs_space.dtype == np.uint8 and len(obs_space.shape) == 3
+        self.obs_shape, is_uint8 = obs_space.shape, obs_space.dtype == np.uint8
+        is_3d = len(self.obs_shape) == 3  # the CNN takes (C, H, W) and (H, W, C), with H and W of at least 36
+        self.is_image = is_uint8 and is_3d and self.obs_shape[1] >= sorted(self.obs_shape)[1] >= 36
+        normalize_obs = normalize_obs or is_uint8 and not self.is_image  # bytes that can mean anything, in any scale
         self.obs_statistics = RunningStatistics(self.obs_shape) if normalize_obs else None
         self.return_statistics = RunningStatistics(()) if normalize_reward else None
-        # The CNN takes (C, H, W) and (H, W, C), with H and W of at least 36.
-        self.is_image = is_3d_uint8 and self.obs_shape[1] >= sorted(self.obs_shape)[1] >= 36
+        self.obs_max = int(obs_space.high.max()) if self.is_image else None
         if self.is_image:
             channels, height, width = sorted(self.obs_shape)  # which side is the height makes no difference here
             self.encoder = nn.Sequential(
@@ -218,7 +220,7 @@ class Agent(nn.Module):
         if self.obs_statistics is not None:
             obs = ((obs - self.obs_statistics.mean) / (self.obs_statistics.var + 1e-8).sqrt()).clamp(-10, 10)
         elif self.is_image:
-            obs = obs / 255  # other bytes are often small numbers, like the codes of a grid's cells
+            obs = obs / self.obs_max
         obs = obs.float()
         if not self.is_image:
             return obs.reshape(*obs.shape[: obs.ndim - len(self.obs_shape)], -1)
@@ -425,7 +427,7 @@ def worker(
                 with num_updates.get_lock():
                     staleness = num_updates.value - num_updates_before
                     num_updates.value += 1
-            if args.normalize_obs:
+            if shared_agent.obs_statistics is not None:
                 with lock:
                     shared_agent.obs_statistics.update(b_obs)
 
@@ -589,19 +591,19 @@ def evaluate(agent, args, run_dir):
     returns, quotas = [[] for _ in range(N)], [num_episodes // N + (i < num_episodes % N) for i in range(N)]
     torch.manual_seed(args.seed)
     obs, _ = envs.reset(seed=int(np.random.default_rng((args.seed, 2)).integers(2**31 - N)))  # others than training's
-    step, bar = 0, tqdm(total=num_episodes, desc="evaluation", unit="episode", leave=False)
-    while sum(map(len, returns)) < num_episodes:
-        with torch.no_grad():
-            dist = agent.get_dist(torch.as_tensor(obs, dtype=torch.float32, device=next(agent.parameters()).device))
-            actions = dist.mode if args.eval_deterministic else dist.sample()
-        obs, rewards, _, _, infos = envs.step(actions.numpy(force=True))
-        step += N
-        check_finite(step, evaluation_observation=obs, evaluation_reward=rewards)
-        for i in np.flatnonzero(infos.get("_episode", False)):
-            if len(returns[i]) < quotas[i]:
-                returns[i].append(infos["episode"]["r"][i].item())
-                bar.update()
-    bar.close()
+    step, device = 0, next(agent.parameters()).device
+    with tqdm(total=num_episodes, desc="evaluation", unit="episode", leave=False) as bar:
+        while sum(map(len, returns)) < num_episodes:
+            with torch.no_grad():
+                dist = agent.get_dist(torch.as_tensor(obs, dtype=torch.float32, device=device))
+                actions = dist.mode if args.eval_deterministic else dist.sample()
+            obs, rewards, _, _, infos = envs.step(actions.numpy(force=True))
+            step += N
+            check_finite(step, evaluation_observation=obs, evaluation_reward=rewards)
+            for i in np.flatnonzero(infos.get("_episode", False)):
+                if len(returns[i]) < quotas[i]:
+                    returns[i].append(infos["episode"]["r"][i].item())
+                    bar.update()
     envs.close()
     returns = np.concatenate(returns)
     mean, std = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else math.nan
