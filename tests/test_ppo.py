@@ -1227,7 +1227,7 @@ def test_observations_other_than_a_box_are_refused(refusal, obs_space):
         return env
 
     line = refusal(env_id=register(make_env))
-    assert "--env-id" in line and type(obs_space).__name__ in line
+    assert "--env-id" in line and type(obs_space).__name__ in line and "FlattenObservation" in line
 
 
 @pytest.mark.parametrize("autoreset", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED, None])

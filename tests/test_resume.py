@@ -1029,6 +1029,27 @@ def test_an_evaluation_stops_at_what_is_not_finite(script, quantity):
 
 
 @each_script
+@pytest.mark.parametrize("env_id, counted", [("Noise-v0", 6), ("FlawedReward-v0", 0)])
+def test_an_evaluation_counts_its_episodes_in_a_bar_which_also_a_failure_removes(script, env_id, counted, monkeypatch):
+    module, ended = MODULES[script], []
+
+    class Bar(module.tqdm):
+        def close(self):
+            ended.append((self.total, self.n, self.leave))
+            super().close()
+
+    args = module.Args(env_id=env_id, num_envs=4, eval_episodes=6)
+    agent = module.Agent(module.make_envs(args))
+    monkeypatch.setattr(module, "tqdm", Bar)
+    if counted:
+        module.evaluate(agent, args, Path("."))
+    else:
+        with pytest.raises(FloatingPointError):
+            module.evaluate(agent, args, Path("."))
+    assert (6, counted, False) in ended
+
+
+@each_script
 def test_an_evaluation_that_cannot_be_written_says_so(script):
     Path("eval.json").mkdir()
     with pytest.raises(MODULES[script].RunError, match=r"eval\.json: "):
