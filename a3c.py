@@ -458,7 +458,7 @@ def arrivals(workers, reports, run, num_rollouts, num_iterations):
                 yield reports.get()
         if failure:
             kind, _, message = str(failure).strip().splitlines()[-1].partition(": ")
-            raise FloatingPointError(message) if kind == "FloatingPointError" else failure
+            raise FloatingPointError(message) if kind == "FloatingPointError" else failure  # one line tells all of it
     finally:
         for process in workers.processes:
             process.kill()

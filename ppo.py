@@ -317,8 +317,9 @@ def train(args):
     Raises a ConfigError before it begins, a FloatingPointError as soon as something is not finite, a RunError if the
     disk is full, and a SystemExit after the iteration in which Ctrl-C or SIGTERM has come.
     """
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    world_size = len(gather(rank))
+    rank, world_size = 0, 1
+    if torch.distributed.is_initialized():
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     check_args(args, world_size, checkpoint)
     numbers = {name: x.item() for name, x in vars(args).items() if isinstance(x, np.generic)}

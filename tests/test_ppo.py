@@ -1439,7 +1439,7 @@ def test_there_is_one_value_and_one_distribution_for_each_observation(space, act
     assert_close(value, agent.get_value(obs))
     assert_close(dist.log_prob(actions), agent.get_dist(obs).log_prob(actions))
     one_by_one = torch.stack([agent.get_value(obs[t, n][None])[0] for t in range(3) for n in range(2)])
-    assert_close(one_by_one.reshape(3, 2), value, rtol=1e-4, atol=1e-5)
+    assert_close(one_by_one.reshape(3, 2), value, rtol=1e-4, atol=1e-3)  # a convolution rounds by how many images
 
 
 def test_the_log_probability_and_the_entropy_of_a_box_action_are_summed_over_its_dimensions():

@@ -5,6 +5,9 @@ import os
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean, stdev
@@ -58,6 +61,15 @@ def test_the_flags_of_each_command_are_flags_of_the_script(command):
     for word in words[index:]:
         if word.startswith("--"):
             assert word.removeprefix("--").removeprefix("no-").replace("-", "_") in names
+
+
+def test_the_environment_that_readme_wraps_can_be_trained_on(tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (tmp_path / "lake.py").write_text(block)
+    shutil.copy(ROOT / "ppo.py", tmp_path)
+    command = [sys.executable, "ppo.py", "--env-id", "lake:Lake-v0", "--total-timesteps", "4096"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("lake:Lake-v0: return"), run.stderr
 
 
 def benchmark_runs():

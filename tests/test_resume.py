@@ -1044,8 +1044,9 @@ def test_an_evaluation_counts_its_episodes_in_a_bar_which_also_a_failure_removes
     if counted:
         module.evaluate(agent, args, Path("."))
     else:
-        with pytest.raises(FloatingPointError):
+        with pytest.raises(FloatingPointError) as failure:  # which holds the bar: forgotten, it would be closed anyway
             module.evaluate(agent, args, Path("."))
+        assert "evaluation_reward" in str(failure.value)
     assert (6, counted, False) in ended
 
 
