@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import types
@@ -27,6 +28,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.wrappers import FrameStackObservation
+from tqdm import tqdm
 
 import a2c
 import a3c
@@ -282,6 +284,7 @@ class Process:
         code = 1
         try:
             os.setsid()
+            tqdm.set_lock(threading.RLock())  # the bars of all forks share one, which a killed one may never give back
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             for number, path in enumerate(self.paths, 1):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), number)
