@@ -555,14 +555,17 @@ def evaluate(agent, args, run_dir):
                     bar.update()
     envs.close()
     returns = np.concatenate(returns)
-    mean, std = returns.mean(), returns.std(ddof=1) if num_episodes > 1 else math.nan
-    samples = np.random.default_rng(0).standard_t(max(num_episodes - 1, 1), 10**6)  # of Student's t, for its quantile
-    t = np.quantile(np.abs(samples), 0.95)
-    low, high = mean - t * std / num_episodes**0.5, mean + t * std / num_episodes**0.5
-    print(f"evaluation: return {mean:.1f}, std {std:.1f}, 95 % interval {low:.1f} to {high:.1f}")
-    results = {"mean": mean, "std": std, "interval_95": [low, high], "returns": returns.tolist()}
-    if num_episodes == 1:
-        results |= {"std": None, "interval_95": None}  # JSON has no NaN
+    mean = returns.mean()
+    results = {"mean": mean, "std": None, "interval_95": None, "returns": returns.tolist()}
+    summary = f"evaluation: return {mean:.1f}"
+    if num_episodes > 1:
+        std = returns.std(ddof=1)
+        samples = np.random.default_rng(0).standard_t(num_episodes - 1, 10**6)  # of Student's t, for its quantile
+        margin = np.quantile(np.abs(samples), 0.95) * std / num_episodes**0.5
+        low, high = mean - margin, mean + margin
+        results |= {"std": std, "interval_95": [low, high]}
+        summary += f", std {std:.1f}, 95 % interval {low:.1f} to {high:.1f}"
+    print(summary)
     try:
         (run_dir / "eval.json").write_text(json.dumps(results, indent=2))
     except OSError as error:

@@ -1061,9 +1061,10 @@ def test_an_evaluation_that_cannot_be_written_says_so(script):
 
 
 @each_script
-def test_one_episode_has_no_spread(script):
+def test_one_episode_has_no_spread(script, capsys):
     results = evaluate(script, "Noise-v0", 1)
     assert results["std"] is None and results["interval_95"] is None
+    assert capsys.readouterr().out == f"evaluation: return {results['mean']:.1f}\n"
 
 
 # Faults.
