@@ -8,8 +8,8 @@
     python a3c.py --env-id Acrobot-v1   # or any other Gymnasium environment with Discrete or Box actions
     python a3c.py --help                # every flag, its meaning and its default
 
-Each worker is a process with an environment and a copy of the agent. It takes the shared parameters over, collects a
-rollout, and steps along its gradient from wherever the shared parameters are by then, without waiting for anybody.
+Each worker is a process with an environment and a copy of the agent. It copies the shared parameters, collects a
+rollout, and applies its gradient to the shared parameters as they are by then, without waiting for anybody.
 With one worker, A3C is A2C with one environment, to the last bit:
 
     python a3c.py --num-workers 1
@@ -108,8 +108,11 @@ def make_envs(args):
     """
     env_id = "ale_py:" * args.env_id.startswith("ALE/") + args.env_id
     is_atari = env_id.startswith("ale_py:ALE/")
-    mode = args.vectorization_mode or ("sync" if args.num_envs == 1 and not is_atari else None)
-    mode = "vector_entry_point" if mode == "native" else mode
+    mode = args.vectorization_mode  # None leaves it to Gymnasium: native where there is one, else sync
+    if mode is None and args.num_envs == 1 and not is_atari:  # Atari's native one preprocesses, too
+        mode = "sync"  # faster for a single environment
+    elif mode == "native":
+        mode = "vector_entry_point"  # Gymnasium's word for it
     kwargs = {"reward_clipping": False} if is_atari and mode in (None, "vector_entry_point") else {}
     if args.capture_video:
         kwargs["render_mode"] = "rgb_array"
@@ -191,14 +194,16 @@ class Agent(nn.Module):
         is_box, num_outputs = isinstance(action_space, Box), gym.spaces.flatdim(action_space)
         self.log_std = nn.Parameter(torch.full(action_space.shape, float(log_std_init))) if is_box else None
         self.obs_shape, is_uint8 = obs_space.shape, obs_space.dtype == np.uint8
-        is_3d = len(self.obs_shape) == 3  # the CNN takes (C, H, W) and (H, W, C), with H and W of at least 36
-        self.is_image = is_uint8 and is_3d and self.obs_shape[1] >= sorted(self.obs_shape)[1] >= 36
+        self.is_image = self.is_channels_last = False
+        if is_uint8 and len(self.obs_shape) == 3:
+            self.is_channels_last = self.obs_shape[2] < self.obs_shape[0]  # (H, W, C), not (C, H, W)
+            channels, height, width = np.roll(self.obs_shape, self.is_channels_last).tolist()
+            self.is_image = min(height, width) >= max(channels, 36)  # 36 is the least that the CNN takes
         normalize_obs = normalize_obs or is_uint8 and not self.is_image  # bytes that can mean anything, in any scale
         self.obs_statistics = RunningStatistics(self.obs_shape) if normalize_obs else None
         self.return_statistics = RunningStatistics(()) if normalize_reward else None
-        self.obs_max = int(obs_space.high.max()) if self.is_image else None
         if self.is_image:
-            channels, height, width = sorted(self.obs_shape)  # which side is the height makes no difference here
+            self.obs_max = int(obs_space.high.max())
             self.encoder = nn.Sequential(
                 layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU(),
                 layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
@@ -224,7 +229,7 @@ class Agent(nn.Module):
         obs = obs.float()
         if not self.is_image:
             return obs.reshape(*obs.shape[: obs.ndim - len(self.obs_shape)], -1)
-        if obs.shape[-1] < obs.shape[-3]:
+        if self.is_channels_last:
             obs = obs.movedim(-1, -3)  # (..., H, W, C) -> (..., C, H, W)
         images = obs.reshape(-1, *obs.shape[-3:]).contiguous(memory_format=torch.channels_last)  # faster on the CPU
         return self.encoder(images).reshape(*obs.shape[:-3], -1)
@@ -250,11 +255,14 @@ class Agent(nn.Module):
 class NumpyPolicy:
     """The policy of an agent until its next update, from NumPy to NumPy, for the actions of a rollout.
 
-    For a few rows a time, calling PyTorch takes longer than the arithmetic, except with images.
+    With the few rows of a step, calling PyTorch takes longer than the arithmetic, so the MLP of `make_mlp` is computed
+    here a second time; any other network is left to PyTorch. A change of `encode` or `make_dist` belongs here, too.
     """
 
     def __init__(self, agent):
         self.agent, statistics = agent, agent.obs_statistics
+        layers = [type(layer) for layer in agent.actor.children()]
+        self.is_mlp = layers == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
         self.weights = [parameter.numpy(force=True).T for parameter in agent.actor.parameters()]
         if agent.log_std is not None:
             self.std = agent.log_std.exp().numpy(force=True)
@@ -264,9 +272,9 @@ class NumpyPolicy:
 
     def sample(self, obs, rng):
         """Sample an action for each observation, (N, ...), as get_dist(obs).sample() would."""
-        if self.agent.is_image:
+        if not self.is_mlp:
             with torch.no_grad():
-                features = self.agent.encode(torch.as_tensor(obs, device=self.agent.critic.weight.device))
+                features = self.agent.encode(torch.as_tensor(obs, device=next(self.agent.parameters()).device))
                 outputs = self.agent.actor(features).numpy(force=True)
         else:
             if self.agent.obs_statistics is not None:
@@ -346,7 +354,7 @@ def worker(
         envs = RecordVideo(envs, f"{run_dir}/videos", record_first_only=True, name_prefix=prefix)
     agent = Agent(envs, args.log_std_init, args.normalize_obs, args.normalize_reward)
     theta = flatten_parameters(agent)
-    shared_theta.grad = theta.grad  # for good: it is cleared in place, and never set to None
+    shared_theta.grad = theta.grad  # of this process alone: what the shared optimizer steps along
     update_lock = lock if args.lock else nullcontext()
 
     # Step t leads from row t to row t + 1 of obs and dones, so their last row is the first of the next rollout.
@@ -359,7 +367,7 @@ def worker(
     terminations = np.zeros((T, N), bool)
     discounted_returns = np.zeros((T, N))  # of each episode so far, to scale rewards by
 
-    # Gymnasium seeds environment i with seed + i. So spaced, neighbouring runs share none; Atari takes 31 bits.
+    # Gymnasium seeds environment i with seed + i; the factor N keeps new runs apart. Atari takes 31 bits.
     obs[-1], _ = envs.reset(seed=(seed * N + global_step) % (2**31 - N))
     check_finite(global_step, observation=obs[-1])
 
@@ -409,13 +417,13 @@ def worker(
                 torch.as_tensor(x[is_transition])
                 for x in (obs[:-1], actions, advantages, advantages + values[:-1])
             )
-            explained_variance = 1 - b_advantages.var(correction=0) / b_returns.var(correction=0)
+            explained_variance = 1 - b_advantages.var(correction=0) / b_returns.var(correction=0)  # A = return - V
 
             # Update the policy and the value function.
             dist, new_values = agent(b_obs)
             policy_loss = -(dist.log_prob(b_actions) * b_advantages).mean()
             value_loss = 0.5 * (new_values - b_returns).square().mean()
-            with torch.set_grad_enabled(args.ent_coef > 0):  # else its gradient would be time lost
+            with torch.set_grad_enabled(args.ent_coef > 0):  # without a bonus, its gradient would be time lost
                 entropy = dist.entropy().mean()
             loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
             theta.grad.zero_()
@@ -441,9 +449,9 @@ def worker(
 
 
 def arrivals(workers, reports, run, num_rollouts, num_iterations):
-    """Yield the reports until all workers have ended, which is soon once the run is to stop, and then kill any left.
+    """Yield the reports until all workers have ended; once the run is to stop, each ends after its rollout.
 
-    If a worker has failed or was killed, raise, after the reports that have arrived.
+    If a worker has failed or was killed, raise, after the reports that have arrived, and kill those that are left.
     """
     are_done, failure = False, None
     try:
@@ -453,7 +461,7 @@ def arrivals(workers, reports, run, num_rollouts, num_iterations):
             except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
                 are_done, failure = True, error
             if run.signal or 0 in [process.exitcode for process in workers.processes]:  # one has ended, or left
-                num_rollouts.get_obj().value = num_iterations  # there are none left to claim
+                num_rollouts.get_obj().value = num_iterations  # none left to claim; its lock may be a killed worker's
             if not reports.empty():
                 yield reports.get()
         if failure:
@@ -479,7 +487,7 @@ def train(args):
     torch.manual_seed(args.seed)
     envs = make_envs(args)
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more would slow small networks down, and their initial weights would depend on them
+    torch.set_num_threads(1)  # more would slow small networks down and, in layer_init, change the initial weights
     agent = Agent(envs, args.log_std_init, args.normalize_obs, args.normalize_reward)
     theta = flatten_parameters(agent)
     if args.optimizer == "rmsprop":  # the paper adds an eps, here 1e-5, under the root, PyTorch outside
@@ -500,14 +508,14 @@ def train(args):
     for tensor in (theta, *agent.buffers(), *optimizer.state[theta].values()):
         tensor.share_memory_()
 
-    is_main = first_iteration < num_iterations
-    with Run(args, envs, checkpoint, is_main, num_iterations * rollout_size, note) as run:
+    has_log = first_iteration < num_iterations
+    with Run(args, envs, checkpoint, has_log, num_iterations * rollout_size, note) as run:
         start_method = "spawn" if args.capture_video else args.start_method  # what has rendered might hang in a fork
         context = mp.get_context(start_method)
         num_rollouts, num_updates = context.Value("q", first_iteration), context.Value("q", first_iteration)
         lock, reports = context.Lock(), context.SimpleQueue()
         shared = (args, run.dir, global_step, agent, theta, optimizer, num_rollouts, num_updates, lock, reports)
-        num_workers = args.num_workers if is_main else 0
+        num_workers = args.num_workers if has_log else 0
         workers = mp.start_processes(worker, shared, num_workers, join=False, start_method=start_method)
         rows = arrivals(workers, reports, run, num_rollouts, num_iterations)
         for num_rows, (new_episodes, diagnostics) in enumerate(rows, 1):
@@ -538,9 +546,10 @@ def train(args):
 def check_args(args, checkpoint=None):
     """Raise a ConfigError for the first setting that is out of range, or does not fit the others or the checkpoint."""
     rollout_size = args.num_envs * args.num_steps
-    fewest_steps, fewest_in_all = 2 if args.num_envs > 1 else 4, 0 if checkpoint else rollout_size
-    forms = (str.lower, str.upper, str.title)  # of words, which would all be true, but for True and False themselves
-    words = {repr(form(word)) for word in ("true", "false", "yes", "no", "on", "off", "none") for form in forms}
+    fewest_steps = 2 if args.num_envs > 1 else 4  # two transitions, where every other row is a reset
+    fewest_in_all = 0 if checkpoint else rollout_size
+    words = {"true", "false", "yes", "no", "on", "off", "none"}  # as strings, they would all count as true
+    strings = {value.lower() for value in dict(args.env_kwargs or ()).values() if isinstance(value, str)}
     rules = {
         "from 0 to 2147483647": (("seed",), lambda x: 0 <= x < 2**31),
         "at least 1": (("num_workers", "num_envs", "checkpoint_interval"), lambda x: x >= 1),
@@ -552,9 +561,9 @@ def check_args(args, checkpoint=None):
         "above 0": (("clip_reward",), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),
         "at least 0": (("eval_episodes",), lambda x: x >= 0),
-        "True or False, no other word": (("env_kwargs",), lambda x: not words & {*map(repr, dict(x or ()).values())}),
+        "True or False, no other word": (("env_kwargs",), lambda _: not words & strings),
         "spawn on this system": (("start_method",), lambda x: x in mp.get_all_start_methods()),
-    }  # fmt: skip
+    }
     if torch.distributed.is_torchelastic_launched():
         raise ConfigError("a3c.py starts its own workers, as many as --num-workers: run it with python, not torchrun")
     for rule, (names, holds) in rules.items():
@@ -584,11 +593,13 @@ def evaluate(agent, args, run_dir):
 
     Each environment has its quota of them: the first so many to end, of all, would be the short ones.
     """
-    num_episodes, N = args.eval_episodes, min(args.num_envs, max(args.eval_episodes, 2))  # one is made in another way
+    num_episodes = args.eval_episodes
+    N = min(args.num_envs, max(num_episodes, 2))  # at least 2 if training has: make_envs makes a single one otherwise
     envs = make_envs(replace(args, num_envs=N))
     if args.capture_video:
         envs = RecordVideo(envs, f"{run_dir}/videos", record_first_only=True, name_prefix="evaluation")
-    returns, quotas = [[] for _ in range(N)], [num_episodes // N + (i < num_episodes % N) for i in range(N)]
+    quotas = [num_episodes // N + (i < num_episodes % N) for i in range(N)]
+    returns = [[] for _ in range(N)]
     torch.manual_seed(args.seed)
     obs, _ = envs.reset(seed=int(np.random.default_rng((args.seed, 2)).integers(2**31 - N)))  # others than training's
     step, device = 0, next(agent.parameters()).device
@@ -611,7 +622,7 @@ def evaluate(agent, args, run_dir):
     summary = f"evaluation: return {mean:.1f}"
     if num_episodes > 1:
         std = returns.std(ddof=1)
-        samples = np.random.default_rng(0).standard_t(num_episodes - 1, 10**6)  # of Student's t, for its quantile
+        samples = np.random.default_rng(0).standard_t(num_episodes - 1, 10**6)  # its quantile, without SciPy
         margin = np.quantile(np.abs(samples), 0.95) * std / num_episodes**0.5
         low, high = mean - margin, mean + margin
         results |= {"std": std, "interval_95": [low, high]}
@@ -624,7 +635,7 @@ def evaluate(agent, args, run_dir):
 
 
 def load_checkpoint(path):
-    """Read what `Run.save` wrote, or raise a ConfigError. A checkpoint is data; only its env_id can name a package."""
+    """Read what `Run.save` wrote, or raise a ConfigError. It runs no code, but its env_id can import a module."""
     try:
         if zipfile.ZipFile(path).testzip() is not None:  # the first part whose checksum is wrong
             raise ValueError("it is damaged")
@@ -648,12 +659,12 @@ class Run:
     fails while `state` is set, as it is in a rollout, that is saved.
     """
 
-    def __init__(self, args, envs, checkpoint, is_main, total_timesteps, note):
-        self.args, self.envs, self.is_main, self.note = args, envs, is_main, note
+    def __init__(self, args, envs, checkpoint, has_log, total_timesteps, note):
+        self.args, self.envs, self.has_log, self.note = args, envs, has_log, note
         self.summary = self.signal = self.state = self.wandb = None
         name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
-        if not is_main:
+        if not has_log:
             return
         self.global_step = checkpoint["global_step"] if checkpoint else 0
         log = checkpoint["log"] if checkpoint else (0, [], 0.0, 0, None)
@@ -709,11 +720,11 @@ class Run:
             "episodic_return": mean_return,
             "episodic_length": mean_length,
         } | update
-        cells = ["" if value is None else str(value) for value in metrics.values()]
-        lines = [",".join(metrics)] * (self.csv.tell() == 0) + [",".join(cells)]
-        data = "".join(f"{line}\n" for line in lines).encode()
+        header = ",".join(metrics) + "\n" if self.csv.tell() == 0 else ""
+        row = ",".join("" if value is None else str(value) for value in metrics.values())
+        data = f"{header}{row}\n".encode()
         try:
-            while data:
+            while data:  # unbuffered, a write can take a part of it
                 data = data[self.csv.write(data) :]
         except OSError as error:
             raise RunError(f"{self.csv.name}: {error.strerror}") from error
@@ -725,7 +736,7 @@ class Run:
         self.global_step = global_step
 
     def send(self, metrics, exit_code=None):
-        """Send metrics and new videos to Weights & Biases; with an exit code, the newest video, too, whole by then."""
+        """Send metrics and all whole videos to Weights & Biases; with an exit code, the newest, too, and finish."""
         if self.wandb is None:
             return
         try:
@@ -762,15 +773,15 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         is_stopped = self.signal and not isinstance(error, (FloatingPointError, RunError))
-        if self.is_main:
+        if self.has_log:
             self.bar.close()
-        if self.is_main and self.state and error and not isinstance(error, RunError):
-            try:
-                self.save()
-            except RunError as failure:
-                print(failure, file=sys.stderr)  # what the run failed of comes first
+            if self.state and error and not isinstance(error, RunError):  # a rollout failed: save what it began with
+                try:
+                    self.save()
+                except RunError as failure:
+                    print(failure, file=sys.stderr)  # what the run failed of comes first
         self.envs.close()
-        if self.is_main:
+        if self.has_log:
             if self.csv.tell() == 0:
                 Path(self.csv.name).unlink(missing_ok=True)  # leaves the folder to the next try
             self.csv.close()
@@ -789,7 +800,7 @@ if __name__ == "__main__":
     try:
         args = tyro.cli(Args)
         if args.resume:  # flags that are not given stay as they were
-            args = tyro.cli(Args, default=Args(**{**load_checkpoint(args.resume)["args"], "resume": args.resume}))
+            args = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"]))
         train(args)
     except (ConfigError, FloatingPointError, RunError, mp.ProcessRaisedException, mp.ProcessExitedException) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)

@@ -68,7 +68,7 @@ class Args:
     norm_adv: bool = True  # standardize the advantages of each minibatch
     clip_coef: float = 0.2  # epsilon of the clipped objective; inf turns the clip off
     clip_vloss: bool = False  # clip the change of the value by clip_coef, too
-    vf_coef: float = 0.5  # weight of the value loss, half the mean squared error; c_1 is half of it
+    vf_coef: float = 0.5  # weight of the value loss, half the mean squared error; the paper's c_1 is vf_coef / 2
     ent_coef: float = 0.0  # c_2, weight of the entropy bonus
     kl_coef: float = 0.0  # initial beta of the KL penalty; 0 turns the penalty off
     target_kl: float | None = None  # KL that beta adapts to; without a penalty, the KL that ends an update early
@@ -92,7 +92,7 @@ class ConfigError(Exception):
 
 
 class RunError(Exception):
-    """What ends a run besides its own errors: a full disk, a killed process of the environments, a sys.exit in one."""
+    """What ends a run besides its own errors: a full disk, a killed environment, an environment's sys.exit."""
 
 
 def make_envs(args):
@@ -103,8 +103,11 @@ def make_envs(args):
     """
     env_id = "ale_py:" * args.env_id.startswith("ALE/") + args.env_id
     is_atari = env_id.startswith("ale_py:ALE/")
-    mode = args.vectorization_mode or ("sync" if args.num_envs == 1 and not is_atari else None)
-    mode = "vector_entry_point" if mode == "native" else mode
+    mode = args.vectorization_mode  # None leaves it to Gymnasium: native where there is one, else sync
+    if mode is None and args.num_envs == 1 and not is_atari:  # Atari's native one preprocesses, too
+        mode = "sync"  # faster for a single environment
+    elif mode == "native":
+        mode = "vector_entry_point"  # Gymnasium's word for it
     kwargs = {"reward_clipping": False} if is_atari and mode in (None, "vector_entry_point") else {}
     if mode == "async":
         kwargs["wrappers"] = (ignore_ctrl_c,)
@@ -190,14 +193,16 @@ class Agent(nn.Module):
         is_box, num_outputs = isinstance(action_space, Box), gym.spaces.flatdim(action_space)
         self.log_std = nn.Parameter(torch.full(action_space.shape, float(log_std_init))) if is_box else None
         self.obs_shape, is_uint8 = obs_space.shape, obs_space.dtype == np.uint8
-        is_3d = len(self.obs_shape) == 3  # the CNN takes (C, H, W) and (H, W, C), with H and W of at least 36
-        self.is_image = is_uint8 and is_3d and self.obs_shape[1] >= sorted(self.obs_shape)[1] >= 36
+        self.is_image = self.is_channels_last = False
+        if is_uint8 and len(self.obs_shape) == 3:
+            self.is_channels_last = self.obs_shape[2] < self.obs_shape[0]  # (H, W, C), not (C, H, W)
+            channels, height, width = np.roll(self.obs_shape, self.is_channels_last).tolist()
+            self.is_image = min(height, width) >= max(channels, 36)  # 36 is the least that the CNN takes
         normalize_obs = normalize_obs or is_uint8 and not self.is_image  # bytes that can mean anything, in any scale
         self.obs_statistics = RunningStatistics(self.obs_shape) if normalize_obs else None
         self.return_statistics = RunningStatistics(()) if normalize_reward else None
-        self.obs_max = int(obs_space.high.max()) if self.is_image else None
         if self.is_image:
-            channels, height, width = sorted(self.obs_shape)  # which side is the height makes no difference here
+            self.obs_max = int(obs_space.high.max())
             self.encoder = nn.Sequential(
                 layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU(),
                 layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
@@ -223,7 +228,7 @@ class Agent(nn.Module):
         obs = obs.float()
         if not self.is_image:
             return obs.reshape(*obs.shape[: obs.ndim - len(self.obs_shape)], -1)
-        if obs.shape[-1] < obs.shape[-3]:
+        if self.is_channels_last:
             obs = obs.movedim(-1, -3)  # (..., H, W, C) -> (..., C, H, W)
         images = obs.reshape(-1, *obs.shape[-3:]).contiguous(memory_format=torch.channels_last)  # faster on the CPU
         return self.encoder(images).reshape(*obs.shape[:-3], -1)
@@ -249,11 +254,14 @@ class Agent(nn.Module):
 class NumpyPolicy:
     """The policy of an agent until its next update, from NumPy to NumPy, for the actions of a rollout.
 
-    For a few rows a time, calling PyTorch takes longer than the arithmetic, except with images.
+    With the few rows of a step, calling PyTorch takes longer than the arithmetic, so the MLP of `make_mlp` is computed
+    here a second time; any other network is left to PyTorch. A change of `encode` or `make_dist` belongs here, too.
     """
 
     def __init__(self, agent):
         self.agent, statistics = agent, agent.obs_statistics
+        layers = [type(layer) for layer in agent.actor.children()]
+        self.is_mlp = layers == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
         self.weights = [parameter.numpy(force=True).T for parameter in agent.actor.parameters()]
         if agent.log_std is not None:
             self.std = agent.log_std.exp().numpy(force=True)
@@ -263,9 +271,9 @@ class NumpyPolicy:
 
     def sample(self, obs, rng):
         """Sample an action for each observation, (N, ...), as get_dist(obs).sample() would."""
-        if self.agent.is_image:
+        if not self.is_mlp:
             with torch.no_grad():
-                features = self.agent.encode(torch.as_tensor(obs, device=self.agent.critic.weight.device))
+                features = self.agent.encode(torch.as_tensor(obs, device=next(self.agent.parameters()).device))
                 outputs = self.agent.actor(features).numpy(force=True)
         else:
             if self.agent.obs_statistics is not None:
@@ -336,7 +344,7 @@ def train(args):
         print("A GPU is there and not used: --cuda trains on it.", file=sys.stderr)
     envs = make_envs(args)
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more would slow small networks down, and their initial weights would depend on them
+    torch.set_num_threads(1)  # more would slow small networks down and, in layer_init, change the initial weights
     agent = Agent(envs, args.log_std_init, args.normalize_obs, args.normalize_reward).to(device)
     if agent.is_image:
         torch.set_num_threads(num_threads)
@@ -359,7 +367,7 @@ def train(args):
     rollout_size = T * N * world_size
     num_iterations, first_iteration = args.total_timesteps // rollout_size, global_step // rollout_size
     kl_coef = checkpoint["kl_coef"] if checkpoint else args.kl_coef
-    # Gymnasium seeds environment i with seed + i. So spaced, neighbouring runs share none; Atari takes 31 bits.
+    # Gymnasium seeds environment i with seed + i; the factor N keeps new runs apart. Atari takes 31 bits.
     obs[-1], _ = envs.reset(seed=(seed * N + global_step) % (2**31 - N))
     check_finite(global_step, observation=obs[-1])
     note = ""
@@ -369,8 +377,8 @@ def train(args):
         if not set_process_state(checkpoint["processes"].get(rank), envs, rng, last_rows):
             note = ", resumed with new episodes"
 
-    is_main = rank == 0 and first_iteration < num_iterations
-    with Run(args, envs, checkpoint, is_main, num_iterations * rollout_size, note) as run:
+    has_log = rank == 0 and first_iteration < num_iterations
+    with Run(args, envs, checkpoint, has_log, num_iterations * rollout_size, note) as run:
         for iteration in range(first_iteration, num_iterations):
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
@@ -392,7 +400,7 @@ def train(args):
                     discounted_returns[step] = np.where(dones[step], 0.0, so_far)
 
             # Estimate advantages and returns.
-            run.state = None  # from here on, a failure leaves half an update
+            run.state = None  # a failure from here on must not save half an update
             is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
             if args.normalize_reward:
                 agent.return_statistics.update(discounted_returns[is_transition])
@@ -409,7 +417,7 @@ def train(args):
                 torch.as_tensor(x[is_transition], device=device)
                 for x in (obs[:-1], actions, values[:-1], advantages, advantages + values[:-1])
             )
-            explained_variance = 1 - b_advantages.var(correction=0) / b_returns.var(correction=0)
+            explained_variance = 1 - b_advantages.var(correction=0) / b_returns.var(correction=0)  # A = return - V
 
             # Update the policy and the value function.
             with torch.no_grad():
@@ -422,13 +430,11 @@ def train(args):
                     advantages = compute_gae(
                         rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
                     )
-                    b_advantages, b_returns = (
-                        torch.as_tensor(x[is_transition], device=device) for x in (advantages, advantages + values[:-1])
-                    )
-                order = torch.randperm(len(b_obs))
+                    b_advantages = torch.as_tensor(advantages[is_transition], device=device)
+                    b_returns = b_advantages + torch.as_tensor(values[:-1][is_transition], device=device)
                 batch = (b_obs, b_actions, b_logprobs, b_values, b_advantages, b_returns)
-                minibatches = zip(*(x[order].tensor_split(args.num_minibatches) for x in batch))
-                for mb_obs, mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns in minibatches:
+                for indices in torch.randperm(len(b_obs)).tensor_split(args.num_minibatches):
+                    mb_obs, mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns = (x[indices] for x in batch)
                     dist, new_values = agent(mb_obs)
                     logratio = dist.log_prob(mb_actions) - mb_logprobs
                     ratio = logratio.exp()  # r_t(theta)
@@ -443,23 +449,24 @@ def train(args):
                         squared_error = torch.max(squared_error, (clipped_values - mb_returns).square())
                     value_loss = 0.5 * squared_error.mean()
 
-                    with torch.set_grad_enabled(args.ent_coef > 0):  # else its gradient would be time lost
+                    with torch.set_grad_enabled(args.ent_coef > 0):  # without a bonus, its gradient would be time lost
                         entropy = dist.entropy().mean()
-                    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss  # eq. 9
+                    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss  # eq. 9, negated
                     approx_kl = (ratio - 1 - logratio).mean()  # KL(old || new): unbiased, and each term is >= 0
                     if args.kl_coef > 0:
-                        loss = loss + kl_coef * approx_kl  # eq. 8, where clip_coef is inf
+                        loss = loss + kl_coef * approx_kl  # with clip_coef inf, this makes it eq. 8
 
                     clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
                     diagnostics.append(torch.stack((policy_loss, value_loss, entropy, approx_kl, clipfrac)).detach())
                     if args.kl_coef == 0 and args.target_kl is not None:
-                        average_over_processes(approx_kl.detach(), len(mb_obs))
-                        is_stopped = approx_kl.item() > args.target_kl
+                        kl = approx_kl.detach()
+                        average_over_processes(kl, len(indices))
+                        is_stopped = kl.item() > args.target_kl
                     if is_stopped:
                         break
                     theta.grad.zero_()
                     loss.backward()
-                    average_over_processes(theta.grad, len(mb_obs))
+                    average_over_processes(theta.grad, len(indices))
                     theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)
                     optimizer.step()
                 if is_stopped:
@@ -473,27 +480,26 @@ def train(args):
                     kl_coef = max(kl_coef / 2, 1e-6)  # without bounds, it would be lost at 0 or at infinity
                 elif kl > args.target_kl * 1.5:
                     kl_coef = min(kl_coef * 2, 1e6)
-            if agent.obs_statistics is not None:
+            if agent.obs_statistics is not None:  # only now: a rollout and its update see the same policy
                 agent.obs_statistics.update(b_obs)
 
             # Log.
-            names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
             means = torch.cat((torch.stack(diagnostics).mean(0), explained_variance[None]))
             average_over_processes(means, len(b_obs))
             *losses, explained_variance = means.tolist()
-            update = dict(zip(names, losses))
-            check_finite(global_step, **update, parameters=theta.numpy(force=True))
-            update |= {"explained_variance": explained_variance, "kl_coef": kl_coef}
-            update["learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics = dict(zip(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"), losses))
+            check_finite(global_step, **metrics, parameters=theta.numpy(force=True))
+            lr = optimizer.param_groups[0]["lr"]
+            metrics |= {"explained_variance": explained_variance, "kl_coef": kl_coef, "learning_rate": lr}
             episodes, signals = zip(*gather((new_episodes, run.signal)))
             stop_signal = next(filter(None, signals), None)  # the same for all processes
-            if is_main:
-                run.log(global_step, sum(episodes, []), update)
+            if has_log:
+                run.log(global_step, sum(episodes, []), metrics)
             learned = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
             run.state = learned | {"global_step": global_step, "world_size": world_size, "kl_coef": kl_coef}
             if stop_signal or (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
                 processes = dict(enumerate(gather(get_process_state(envs, rng, last_rows))))
-                if is_main:
+                if has_log:
                     run.save(processes)
             if stop_signal:
                 run.signal = stop_signal
@@ -508,10 +514,11 @@ def train(args):
 def check_args(args, world_size=1, checkpoint=None):
     """Raise a ConfigError for the first setting that is out of range, or does not fit the others or the checkpoint."""
     rollout_size = args.num_envs * args.num_steps * world_size
-    fewest_steps, fewest_in_all = 2 if args.num_envs > 1 else 4, 0 if checkpoint else rollout_size
+    fewest_steps = 2 if args.num_envs > 1 else 4  # two transitions, where every other row is a reset
+    fewest_in_all = 0 if checkpoint else rollout_size
     most = args.num_envs * (args.num_steps // 2) // 2  # half the rows of a rollout can be resets
-    forms = (str.lower, str.upper, str.title)  # of words, which would all be true, but for True and False themselves
-    words = {repr(form(word)) for word in ("true", "false", "yes", "no", "on", "off", "none") for form in forms}
+    words = {"true", "false", "yes", "no", "on", "off", "none"}  # as strings, they would all count as true
+    strings = {value.lower() for value in dict(args.env_kwargs or ()).values() if isinstance(value, str)}
     rules = {
         "from 0 to 2147483647": (("seed",), lambda x: 0 <= x < 2**31),
         "at least 1": (("num_envs", "update_epochs", "checkpoint_interval"), lambda x: x >= 1),
@@ -524,9 +531,9 @@ def check_args(args, world_size=1, checkpoint=None):
         "above 0": (("clip_reward", "target_kl"), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("clip_coef", "max_grad_norm"), lambda x: x > 0),
         "at least 0": (("eval_episodes",), lambda x: x >= 0),
-        "True or False, no other word": (("env_kwargs",), lambda x: not words & {*map(repr, dict(x or ()).values())}),
+        "True or False, no other word": (("env_kwargs",), lambda _: not words & strings),
         "off (--no-cuda) where PyTorch finds no GPU": (("cuda",), lambda x: not x or torch.cuda.is_available()),
-    }  # fmt: skip
+    }
     for rule, (names, holds) in rules.items():
         for name in names:
             if not holds(getattr(args, name)):
@@ -584,11 +591,13 @@ def evaluate(agent, args, run_dir):
 
     Each environment has its quota of them: the first so many to end, of all, would be the short ones.
     """
-    num_episodes, N = args.eval_episodes, min(args.num_envs, max(args.eval_episodes, 2))  # one is made in another way
+    num_episodes = args.eval_episodes
+    N = min(args.num_envs, max(num_episodes, 2))  # at least 2 if training has: make_envs makes a single one otherwise
     envs = make_envs(replace(args, num_envs=N))
     if args.capture_video:
         envs = RecordVideo(envs, f"{run_dir}/videos", record_first_only=True, name_prefix="evaluation")
-    returns, quotas = [[] for _ in range(N)], [num_episodes // N + (i < num_episodes % N) for i in range(N)]
+    quotas = [num_episodes // N + (i < num_episodes % N) for i in range(N)]
+    returns = [[] for _ in range(N)]
     torch.manual_seed(args.seed)
     obs, _ = envs.reset(seed=int(np.random.default_rng((args.seed, 2)).integers(2**31 - N)))  # others than training's
     step, device = 0, next(agent.parameters()).device
@@ -611,7 +620,7 @@ def evaluate(agent, args, run_dir):
     summary = f"evaluation: return {mean:.1f}"
     if num_episodes > 1:
         std = returns.std(ddof=1)
-        samples = np.random.default_rng(0).standard_t(num_episodes - 1, 10**6)  # of Student's t, for its quantile
+        samples = np.random.default_rng(0).standard_t(num_episodes - 1, 10**6)  # its quantile, without SciPy
         margin = np.quantile(np.abs(samples), 0.95) * std / num_episodes**0.5
         low, high = mean - margin, mean + margin
         results |= {"std": std, "interval_95": [low, high]}
@@ -670,7 +679,7 @@ def set_process_state(state, envs, rng, rows):
 
 
 def load_checkpoint(path):
-    """Read what `Run.save` wrote, or raise a ConfigError. A checkpoint is data; only its env_id can name a package."""
+    """Read what `Run.save` wrote, or raise a ConfigError. It runs no code, but its env_id can import a module."""
     try:
         if zipfile.ZipFile(path).testzip() is not None:  # the first part whose checksum is wrong
             raise ValueError("it is damaged")
@@ -694,12 +703,12 @@ class Run:
     fails while `state` is set, as it is in a rollout, that is saved.
     """
 
-    def __init__(self, args, envs, checkpoint, is_main, total_timesteps, note):
-        self.args, self.envs, self.is_main, self.note = args, envs, is_main, note
+    def __init__(self, args, envs, checkpoint, has_log, total_timesteps, note):
+        self.args, self.envs, self.has_log, self.note = args, envs, has_log, note
         self.summary = self.signal = self.state = self.wandb = None
         name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
-        if not is_main:
+        if not has_log:
             return
         self.global_step = checkpoint["global_step"] if checkpoint else 0
         log = checkpoint["log"] if checkpoint else (0, [], 0.0, 0, None)
@@ -759,11 +768,11 @@ class Run:
             "episodic_return": mean_return,
             "episodic_length": mean_length,
         } | update
-        cells = ["" if value is None else str(value) for value in metrics.values()]
-        lines = [",".join(metrics)] * (self.csv.tell() == 0) + [",".join(cells)]
-        data = "".join(f"{line}\n" for line in lines).encode()
+        header = ",".join(metrics) + "\n" if self.csv.tell() == 0 else ""
+        row = ",".join("" if value is None else str(value) for value in metrics.values())
+        data = f"{header}{row}\n".encode()
         try:
-            while data:
+            while data:  # unbuffered, a write can take a part of it
                 data = data[self.csv.write(data) :]
         except OSError as error:
             raise RunError(f"{self.csv.name}: {error.strerror}") from error
@@ -775,7 +784,7 @@ class Run:
         self.global_step = global_step
 
     def send(self, metrics, exit_code=None):
-        """Send metrics and new videos to Weights & Biases; with an exit code, the newest video, too, whole by then."""
+        """Send metrics and all whole videos to Weights & Biases; with an exit code, the newest, too, and finish."""
         if self.wandb is None:
             return
         try:
@@ -813,13 +822,13 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         is_stopped = self.signal and not isinstance(error, (FloatingPointError, RunError))
-        if self.is_main:
+        if self.has_log:
             self.bar.close()
-        if self.is_main and self.state and error and not isinstance(error, RunError):
-            try:
-                self.save()
-            except RunError as failure:
-                print(failure, file=sys.stderr)  # what the run failed of comes first
+            if self.state and error and not isinstance(error, RunError):  # a rollout failed: save what it began with
+                try:
+                    self.save()
+                except RunError as failure:
+                    print(failure, file=sys.stderr)  # what the run failed of comes first
         processes = getattr(self.envs.unwrapped, "processes", ())
         if error or not all(process.is_alive() for process in processes):
             for process in processes:  # asked to close, one that hangs or has died might never answer
@@ -827,7 +836,7 @@ class Run:
                 process.join()
                 self.envs.unwrapped.closed = True
         self.envs.close()
-        if self.is_main:
+        if self.has_log:
             if self.csv.tell() == 0:
                 Path(self.csv.name).unlink(missing_ok=True)  # leaves the folder to the next try
             self.csv.close()
@@ -844,7 +853,7 @@ class Run:
             sys.exit(128 + self.signal)
         if isinstance(error, SystemExit) and not error.code:  # which looks like success
             raise RunError("something in the environment has called sys.exit") from error
-        is_own = error and any(isinstance(x, Exception) for x in error.args)  # the environment's, not of its pipe
+        is_own = error and any(isinstance(x, Exception) for x in error.args)  # Gymnasium passes on an environment's
         if processes and isinstance(error, (EOFError, ConnectionError)) and not is_own:
             raise RunError(f"a process of --vectorization-mode async has died: {error!r}") from error
 
@@ -856,7 +865,7 @@ if __name__ == "__main__":
             torch.distributed.init_process_group()
         args = tyro.cli(Args)
         if args.resume:  # flags that are not given stay as they were
-            args = tyro.cli(Args, default=Args(**{**load_checkpoint(args.resume)["args"], "resume": args.resume}))
+            args = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"]))
         train(args)
     except (ConfigError, FloatingPointError, RunError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)

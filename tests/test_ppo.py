@@ -399,12 +399,11 @@ def losses(
         args=args,
         agent=lambda obs: (dist, new_values),
         kl_coef=kl_coef,
-        mb_obs=None,
-        mb_actions=None,
-        mb_logprobs=old_logprobs,
-        mb_values=torch.as_tensor(old_values, dtype=torch.float64),
-        mb_advantages=torch.as_tensor(advantages, dtype=torch.float64),
-        mb_returns=torch.as_tensor(returns, dtype=torch.float64),
+        indices=slice(None),
+        batch=(
+            *([], [], old_logprobs),  # observations and actions, of which the stand-ins make nothing
+            *(torch.as_tensor(x, dtype=torch.float64) for x in (old_values, advantages, returns)),
+        ),
     )
     result.given_ratio, result.given_values = ratio, new_values
     return result
@@ -686,8 +685,15 @@ def test_recompute_advantages_estimates_them_anew_before_each_further_epoch(run,
     assert len({call.values.tobytes() for call in calls}) == 3
 
 
-def test_the_actions_of_each_rollout_come_from_the_policy_of_that_time(run, monkeypatch):
-    sample, log_stds = ppo.NumpyPolicy.sample, set()
+@pytest.mark.parametrize("changed_layers", [{}, {1: torch.nn.ReLU()}, {3: torch.nn.Sequential(torch.nn.Tanh())}])
+def test_the_actions_of_each_rollout_come_from_the_policy_of_that_time(run, monkeypatch, changed_layers):
+    sample, log_stds, make_mlp = ppo.NumpyPolicy.sample, set(), ppo.make_mlp
+
+    def make_changed_mlp(*args, **kwargs):  # as a reader might edit it, who thinks of PyTorch alone
+        mlp = make_mlp(*args, **kwargs)
+        for index, layer in changed_layers.items():
+            mlp[index] = layer
+        return mlp
 
     def check_sample(self, obs, rng):
         with torch.no_grad():
@@ -697,6 +703,7 @@ def test_the_actions_of_each_rollout_come_from_the_policy_of_that_time(run, monk
         log_stds.add(self.agent.log_std[0].item())
         return sample(self, obs, rng)
 
+    monkeypatch.setattr(ppo, "make_mlp", make_changed_mlp)
     monkeypatch.setattr(ppo.NumpyPolicy, "sample", check_sample)
     run(register(lambda: Clock(action_space=Box(-1, 1, (2,)))), normalize_obs=True, learning_rate=0.1)
     assert len(log_stds) == 2  # rollouts
