@@ -256,6 +256,18 @@ def loop_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambd
             reward = np.clip(reward, -1, 1)
         elif bug == "sign of rewards":
             reward = np.sign(reward)
+        elif bug == "no baseline at termination":
+            value = np.where(termination, 0.0, value)
+        elif bug == "plus V(s_t)":
+            value = -np.asarray(value)
+        elif bug == "minus V(s_{t+1})":
+            next_value = -np.asarray(next_value)
+        elif bug == "lambda-return from 0" and t == num_steps - 1:
+            next_value = np.where(done, 1.0, 1.0 - gae_lambda) * next_value
+        elif bug == "no gamma at truncation":
+            next_value = np.where(done & ~termination, 1 / gamma, 1.0) * next_value
+        elif bug == "normalised rewards":
+            reward = ((rewards - np.mean(rewards)) / (np.std(rewards) + 1e-8))[t]
         elif bug == "no baseline":
             value = 0.0 * value
         elif bug == "reward early":
@@ -271,6 +283,7 @@ def loop_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambd
     zero = np.zeros_like(advantages[:1])
     return {
         "sign": -advantages,
+        "nothing stored": 0.0 * advantages,
         "reversed": advantages[::-1],
         "first step": np.concatenate([zero, advantages[1:]]),
         "exponents from 1": gamma * gae_lambda * advantages,
@@ -315,6 +328,13 @@ NAMES = {
     "no gamma in delta": "gamma missing in delta",
     "lambda in delta": "lambda in delta",
     "fixed": "gamma or lambda fixed inside",
+    "no baseline at termination": "V(s_t) is not subtracted at a terminated step",
+    "plus V(s_t)": "a sign is wrong in delta",
+    "minus V(s_{t+1})": "a sign is wrong in delta",
+    "lambda-return from 0": "no bootstrap at the end of the rollout",
+    "no gamma at truncation": "gamma missing in delta",
+    "normalised rewards": "rewards normalised inside",
+    "nothing stored": "all advantages are 0",
     "no baseline": "the baseline V(s_t) is not subtracted",
     "reward early": "reward one step early",
     "reward late": "reward one step late",
@@ -465,7 +485,7 @@ TWO_FLAGS = [full, gymnasium_flags, two_flags_long_values]
 ONE_FLAG = [textbook, long_values_masks, kostrikov, cleanrl, stable_baselines]
 SIGNATURES = [*TWO_FLAGS, *ONE_FLAG, time_limits_only, spinning_up, per_step_discounts]
 NEEDS_TWO_FLAGS = ["truncation", "V(s_t)", "not cut at truncation", "dropped", "twice at truncation", "flags swapped"]
-NEEDS_TWO_FLAGS += ["flags exchanged", "done is 0", "done reward dropped"]
+NEEDS_TWO_FLAGS += ["flags exchanged", "done is 0", "done reward dropped", "no gamma at truncation"]
 NEEDS_NEXT_VALUES = ["next episode", "past termination"]
 ANYWHERE = [bug for bug in NAMES if bug not in NEEDS_TWO_FLAGS + NEEDS_NEXT_VALUES]
 
@@ -1030,9 +1050,28 @@ def test_notes_on_what_it_does_not_stand():
         return loop_gae(rewards, values, next_values, ends, flag(terminated) | flag(truncated), gamma, lam)
 
     notes = " ".join(verdict(fragile)["notes"])
-    assert "writes to its input rewards" in notes and "integer rewards" in notes and "NaN" in notes
+    assert "writes to its input rewards" in notes and "integer rewards" in notes
     assert "both terminated and truncated" in " ".join(verdict(truncation_wins)["notes"])
     assert not verdict(compute_gae)["notes"]
+
+
+def test_a_flag_of_the_step_before_the_rollout_is_not_used():
+    def rolled(rewards, values, episode_starts, last_value, gamma, lam):
+        mask = 1 - np.roll(episode_starts, -1, axis=0)
+        return recursion(rewards + gamma * next_row(values, last_value) * mask - values, gamma * lam * mask)
+
+    def first_cut(rewards, values, dones, next_value, next_done, gamma, lam):
+        mask = 1 - next_row(dones, next_done)
+        a = recursion(rewards + gamma * next_row(values, next_value) * mask - values, gamma * lam * mask)
+        return a * (1 - np.concatenate([dones[:1], np.zeros_like(dones[1:])]))
+
+    def late(rewards, values, dones, next_value, next_done, gamma, lam):
+        mask = 1 - np.concatenate([dones[:-1], next_done[None]])
+        return recursion(rewards + gamma * next_row(values, next_value) * mask - values, gamma * lam * mask)
+
+    assert verdict(first_cut)["verdict"] == "unknown mistake"
+    assert verdict(rolled)["mistake"] == "the last step's termination is ignored"
+    assert verdict(late)["mistake"] == "done flag one step late"
 
 
 # What cannot be judged, or has no name.
