@@ -259,9 +259,10 @@ class NumpyPolicy:
 
     def __init__(self, agent):
         self.agent, statistics = agent, agent.obs_statistics
-        layers = [type(layer) for layer in agent.actor.children()]
-        self.is_mlp = layers == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
         self.weights = [parameter.numpy(force=True).T for parameter in agent.actor.parameters()]
+        parts = [type(part) for part in agent.actor.modules()]
+        is_tanh_mlp = parts == [nn.Sequential, nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
+        self.is_mlp = is_tanh_mlp and len(self.weights) == 6  # with a bias in each layer
         if agent.log_std is not None:
             self.std = agent.log_std.exp().numpy(force=True)
         if statistics is not None:
@@ -436,18 +437,17 @@ def train(args):
                 agent.obs_statistics.update(b_obs)
 
             # Log.
-            names = ("policy_loss", "value_loss", "entropy")
             means = torch.cat((torch.stack((policy_loss, value_loss, entropy)).detach(), explained_variance[None]))
             average_over_processes(means, len(b_obs))
             *losses, explained_variance = means.tolist()
-            update = dict(zip(names, losses))
-            check_finite(global_step, **update, parameters=theta.numpy(force=True))
-            update |= {"explained_variance": explained_variance}
-            update["learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics = dict(zip(("policy_loss", "value_loss", "entropy"), losses))
+            check_finite(global_step, **metrics, parameters=theta.numpy(force=True))
+            lr = optimizer.param_groups[0]["lr"]
+            metrics |= {"explained_variance": explained_variance, "learning_rate": lr}
             episodes, signals = zip(*gather((new_episodes, run.signal)))
             stop_signal = next(filter(None, signals), None)  # the same for all processes
             if has_log:
-                run.log(global_step, sum(episodes, []), update)
+                run.log(global_step, sum(episodes, []), metrics)
             learned = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
             run.state = learned | {"global_step": global_step, "world_size": world_size}
             if stop_signal or (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
@@ -482,7 +482,7 @@ def check_args(args, world_size=1, checkpoint=None):
         "above 0": (("clip_reward",), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),
         "at least 0": (("eval_episodes",), lambda x: x >= 0),
-        "True or False, no other word": (("env_kwargs",), lambda _: not words & strings),
+        "given booleans as True or False": (("env_kwargs",), lambda _: not words & strings),
         "off (--no-cuda) where PyTorch finds no GPU": (("cuda",), lambda x: not x or torch.cuda.is_available()),
     }
     for rule, (names, holds) in rules.items():
@@ -543,7 +543,7 @@ def evaluate(agent, args, run_dir):
     Each environment has its quota of them: the first so many to end, of all, would be the short ones.
     """
     num_episodes = args.eval_episodes
-    N = min(args.num_envs, max(num_episodes, 2))  # at least 2 if training has: make_envs makes a single one otherwise
+    N = min(args.num_envs, max(num_episodes, 2))  # at least 2 if training has: one alone is made differently
     envs = make_envs(replace(args, num_envs=N))
     if args.capture_video:
         envs = RecordVideo(envs, f"{run_dir}/videos", record_first_only=True, name_prefix="evaluation")

@@ -261,9 +261,10 @@ class NumpyPolicy:
 
     def __init__(self, agent):
         self.agent, statistics = agent, agent.obs_statistics
-        layers = [type(layer) for layer in agent.actor.children()]
-        self.is_mlp = layers == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
         self.weights = [parameter.numpy(force=True).T for parameter in agent.actor.parameters()]
+        parts = [type(part) for part in agent.actor.modules()]
+        is_tanh_mlp = parts == [nn.Sequential, nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
+        self.is_mlp = is_tanh_mlp and len(self.weights) == 6  # with a bias in each layer
         if agent.log_std is not None:
             self.std = agent.log_std.exp().numpy(force=True)
         if statistics is not None:
@@ -561,7 +562,7 @@ def check_args(args, checkpoint=None):
         "above 0": (("clip_reward",), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),
         "at least 0": (("eval_episodes",), lambda x: x >= 0),
-        "True or False, no other word": (("env_kwargs",), lambda _: not words & strings),
+        "given booleans as True or False": (("env_kwargs",), lambda _: not words & strings),
         "spawn on this system": (("start_method",), lambda x: x in mp.get_all_start_methods()),
     }
     if torch.distributed.is_torchelastic_launched():
@@ -594,7 +595,7 @@ def evaluate(agent, args, run_dir):
     Each environment has its quota of them: the first so many to end, of all, would be the short ones.
     """
     num_episodes = args.eval_episodes
-    N = min(args.num_envs, max(num_episodes, 2))  # at least 2 if training has: make_envs makes a single one otherwise
+    N = min(args.num_envs, max(num_episodes, 2))  # at least 2 if training has: one alone is made differently
     envs = make_envs(replace(args, num_envs=N))
     if args.capture_video:
         envs = RecordVideo(envs, f"{run_dir}/videos", record_first_only=True, name_prefix="evaluation")

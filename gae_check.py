@@ -390,10 +390,11 @@ MISTAKES = [
       lambda x: {"rewards": x.rewards * ~x.dones, "terminations": x.dones}]),
     (NO_BOOTSTRAP,
      "unless it always ends an episode, the last step needs gamma V(s_T), as a parameter or as row T of values",
-     [lambda x: {"next_values": with_last(x.next_values, 0.0)},
-      lambda x: {"next_values": with_last(  # a lambda-return that starts from 0
-          x.next_values, x.next_values[-1] * np.where(x.dones[-1], 1.0, 1.0 - x.gae_lambda))}]),
-    ("the last step's termination is ignored", "V(s_T), too, counts as 0 after a termination: np.roll wraps round",
+     [lambda x: {"next_values": with_last(x.next_values, 0.0)}]),
+    ("the lambda-return starts from 0", "it starts from G_T = V(s_T)",
+     [lambda x: {"next_values": with_last(
+         x.next_values, x.next_values[-1] * np.where(x.dones[-1], 1.0, 1.0 - x.gae_lambda))}]),
+    ("the last step's termination is ignored", "V(s_T), too, counts as 0 after a termination; np.roll would wrap round",
      [lambda x: {"terminations": with_last(x.terminations, False)},
       lambda x: {"terminations": with_last(x.terminations, x.begins)}]),
     ("done flag inverted", "a mask is 1 - done",
@@ -998,11 +999,15 @@ def judge(function, name, given, args):
             if not wrong:
                 notes = [f"on {other.layout} it is wrong without an error" for other in others]
                 notes += [f"given {name}, too, it is wrong" for name in sorted(set().union(*fuller))]
-                if short and None in short.labels():
-                    mistake = f": {blamed[0]}" if blamed else ""
-                    notes += [f"given T rows of values, it is wrong without an error{mistake}"]
-                elif short:
-                    notes += [f"given T rows of values, {ONE_TERMINATED}"]
+                has_starts = call.long_flags and "episode_starts" in call.has and "last_done" not in call.has
+                few = in_other_form(call, args, call.roles, call.long_values, False) if has_starts else None
+                going_on = "it is right if the last step ends no episode"
+                for rows, other, right in (("values", short, ONE_TERMINATED), ("episode starts", few, going_on)):
+                    if other and None in other.labels():
+                        mistake = f": {blamed[0]}" if (blamed := blame(other, 1)) else ""
+                        notes += [f"given T rows of {rows}, it is wrong without an error{mistake}"]
+                    elif other:
+                        notes += [f"given T rows of {rows}, {right}"]
                 report |= {"called_with": str(call), "layout": call.layout}
                 return report | {"notes": notes + remarks(call, args)}
             break

@@ -331,7 +331,7 @@ NAMES = {
     "no baseline at termination": "V(s_t) is not subtracted at a terminated step",
     "plus V(s_t)": "a sign is wrong in delta",
     "minus V(s_{t+1})": "a sign is wrong in delta",
-    "lambda-return from 0": "no bootstrap at the end of the rollout",
+    "lambda-return from 0": "the lambda-return starts from 0",
     "no gamma at truncation": "gamma missing in delta",
     "normalised rewards": "rewards normalised inside",
     "nothing stored": "all advantages are 0",
@@ -1069,6 +1069,17 @@ def test_a_flag_of_the_step_before_the_rollout_is_not_used():
         mask = 1 - np.concatenate([dones[:-1], next_done[None]])
         return recursion(rewards + gamma * next_row(values, next_value) * mask - values, gamma * lam * mask)
 
+    def ended(rewards, values, episode_starts, last_value, gamma, lam):
+        mask = 1 - np.append(episode_starts[1:], np.ones_like(episode_starts[:1]), axis=0)[: len(rewards)]
+        return recursion(rewards + gamma * next_row(values, last_value) * mask - values, gamma * lam * mask)
+
+    def going_on(rewards, values, episode_starts, last_value, gamma, lam):
+        mask = 1 - np.append(episode_starts[1:], np.zeros_like(episode_starts[:1]), axis=0)[: len(rewards)]
+        return recursion(rewards + gamma * next_row(values, last_value) * mask - values, gamma * lam * mask)
+
+    wrong = "given T rows of episode starts, it is wrong without an error: no bootstrap at the end of the rollout"
+    assert wrong in verdict(ended)["notes"]
+    assert "given T rows of episode starts, it is right if the last step ends no episode" in verdict(going_on)["notes"]
     assert verdict(first_cut)["verdict"] == "unknown mistake"
     assert verdict(rolled)["mistake"] == "the last step's termination is ignored"
     assert verdict(late)["mistake"] == "done flag one step late"

@@ -685,15 +685,24 @@ def test_recompute_advantages_estimates_them_anew_before_each_further_epoch(run,
     assert len({call.values.tobytes() for call in calls}) == 3
 
 
-@pytest.mark.parametrize("changed_layers", [{}, {1: torch.nn.ReLU()}, {3: torch.nn.Sequential(torch.nn.Tanh())}])
-def test_the_actions_of_each_rollout_come_from_the_policy_of_that_time(run, monkeypatch, changed_layers):
-    sample, log_stds, make_mlp = ppo.NumpyPolicy.sample, set(), ppo.make_mlp
+class Residual(torch.nn.Sequential):
+    def forward(self, x):
+        return self[4](self[1](self[0](x)) + self[3](self[2](self[1](self[0](x)))))
 
-    def make_changed_mlp(*args, **kwargs):  # as a reader might edit it, who thinks of PyTorch alone
-        mlp = make_mlp(*args, **kwargs)
-        for index, layer in changed_layers.items():
-            mlp[index] = layer
-        return mlp
+
+# Edits of make_mlp by a reader who thinks of PyTorch alone.
+EDITS = {
+    "none": lambda mlp: mlp,
+    "ReLU": lambda mlp: mlp[:1].append(torch.nn.ReLU()).extend(mlp[2:]),
+    "one layer": lambda mlp: mlp[:2].append(mlp[4]),
+    "no bias": lambda mlp: mlp[:4].append(torch.nn.Linear(64, mlp[4].out_features, bias=False)),
+    "residual": lambda mlp: Residual(*mlp),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_the_actions_of_each_rollout_come_from_the_policy_of_that_time(run, monkeypatch, edit):
+    sample, log_stds, make_mlp = ppo.NumpyPolicy.sample, set(), ppo.make_mlp
 
     def check_sample(self, obs, rng):
         with torch.no_grad():
@@ -703,7 +712,7 @@ def test_the_actions_of_each_rollout_come_from_the_policy_of_that_time(run, monk
         log_stds.add(self.agent.log_std[0].item())
         return sample(self, obs, rng)
 
-    monkeypatch.setattr(ppo, "make_mlp", make_changed_mlp)
+    monkeypatch.setattr(ppo, "make_mlp", lambda *args, **kwargs: edit(make_mlp(*args, **kwargs)))
     monkeypatch.setattr(ppo.NumpyPolicy, "sample", check_sample)
     run(register(lambda: Clock(action_space=Box(-1, 1, (2,)))), normalize_obs=True, learning_rate=0.1)
     assert len(log_stds) == 2  # rollouts

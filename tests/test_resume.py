@@ -756,7 +756,7 @@ def test_a_checkpoint_of_no_keyword_arguments_is_not_resumed_with_one(script):
 @each_script
 def test_a_word_that_would_be_true_whatever_it_says_is_refused(script, start):
     done = start(script, "--env-kwargs", "sutton_barto_reward", "false").finish()
-    assert_refused(done, "--env-kwargs must be True or False", "'false'")
+    assert_refused(done, "--env-kwargs must be given booleans as True or False", "'false'")
 
 
 @needs_proc
