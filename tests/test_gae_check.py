@@ -1055,6 +1055,16 @@ def test_notes_on_what_it_does_not_stand():
     assert not verdict(compute_gae)["notes"]
 
 
+@pytest.mark.parametrize("values, bootstrap", [("vf", "last_r"), ("values", "final_value")])
+def test_names_that_other_libraries_use_are_known(values, bootstrap):
+    def gae(rewards, dones, gamma, lam, **named):
+        deltas = rewards + gamma * next_row(named[values], named[bootstrap]) * (1 - dones) - named[values]
+        return recursion(deltas, gamma * lam * (1 - dones))
+
+    names = ["rewards", values, "dones", bootstrap, "gamma", "lam"]
+    assert verdict(with_parameters(gae, names))["verdict"] == "correct"
+
+
 def test_a_flag_of_the_step_before_the_rollout_is_not_used():
     def rolled(rewards, values, episode_starts, last_value, gamma, lam):
         mask = 1 - np.roll(episode_starts, -1, axis=0)
@@ -1080,7 +1090,9 @@ def test_a_flag_of_the_step_before_the_rollout_is_not_used():
     wrong = "given T rows of episode starts, it is wrong without an error: no bootstrap at the end of the rollout"
     assert wrong in verdict(ended)["notes"]
     assert "given T rows of episode starts, it is right if the last step ends no episode" in verdict(going_on)["notes"]
-    assert verdict(first_cut)["verdict"] == "unknown mistake"
+    report = verdict(first_cut)
+    assert report["verdict"] == "unknown mistake"
+    assert "begins an episode" in gae_check.describe(report) and "right is A_t = delta_t" in gae_check.describe(report)
     assert verdict(rolled)["mistake"] == "the last step's termination is ignored"
     assert verdict(late)["mistake"] == "done flag one step late"
 
