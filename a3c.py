@@ -74,6 +74,7 @@ class Args:
     learning_rate: float = 7e-3  # step size of the optimizer
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.98  # discount factor
+    final_gamma: float | None = None  # discount factor that gamma moves to in the first half of the run; None: it stays
     gae_lambda: float = 1.0  # lambda of GAE: 0 is the one-step TD error, 1 the Monte Carlo return of the rollout
     vf_coef: float = 0.5  # weight of the value loss, half the mean squared error
     ent_coef: float = 0.0  # weight of the entropy bonus
@@ -377,8 +378,11 @@ def worker(
     episodes, diagnostics = [], []
     with closing(envs):
         for iteration in claim(num_rollouts, num_iterations):
+            progress, gamma = iteration / num_iterations, args.gamma
             if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
+            if args.final_gamma is not None:
+                gamma += min(2 * progress, 1) * (args.final_gamma - args.gamma)
             with update_lock:
                 theta.data.copy_(shared_theta)
                 for buffer, shared_buffer in zip(agent.buffers(), shared_agent.buffers()):
@@ -397,7 +401,7 @@ def worker(
                     ended = infos["_episode"]
                     episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
                 if args.normalize_reward:
-                    so_far = rewards[step] + args.gamma * discounted_returns[step - 1]  # row -1 is of the last rollout
+                    so_far = rewards[step] + gamma * discounted_returns[step - 1]  # row -1 is of the last rollout
                     discounted_returns[step] = np.where(dones[step], 0.0, so_far)
 
             # Estimate advantages and returns.
@@ -411,9 +415,7 @@ def worker(
             all_obs = torch.as_tensor(obs)
             with torch.no_grad():
                 values = agent.get_value(all_obs).numpy(force=True)  # (T + 1, N)
-            advantages = compute_gae(
-                rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
-            )
+            advantages = compute_gae(rewards, values[:-1], values[1:], terminations, dones[1:], gamma, args.gae_lambda)
             b_obs, b_actions, b_advantages, b_returns = (
                 torch.as_tensor(x[is_transition])
                 for x in (obs[:-1], actions, advantages, advantages + values[:-1])
@@ -557,7 +559,7 @@ def check_args(args, checkpoint=None):
         f"at least {fewest_steps} with so many environments": (("num_steps",), lambda x: x >= fewest_steps),
         f"at least one rollout, {rollout_size}": (("total_timesteps",), lambda x: x >= fewest_in_all),
         "from -20 to 20": (("log_std_init",), lambda x: -20 <= x <= 20),
-        "from 0 to 1": (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1),
+        "from 0 to 1": (("gamma", "final_gamma", "gae_lambda"), lambda x: x is None or 0 <= x <= 1),
         "at least 0 and finite": (("learning_rate", "vf_coef", "ent_coef"), lambda x: 0 <= x < math.inf),
         "above 0": (("clip_reward",), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),

@@ -61,6 +61,7 @@ class Args:
     learning_rate: float = 3e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.98  # discount factor
+    final_gamma: float | None = None  # discount factor that gamma moves to in the first half of the run; None: it stays
     gae_lambda: float = 0.9  # lambda of GAE: 0 is the one-step TD error, 1 the Monte Carlo return of the rollout
     update_epochs: int = 4  # K, passes over each rollout
     num_minibatches: int = 4  # minibatches, and so optimizer steps, in each pass
@@ -381,8 +382,11 @@ def train(args):
     has_log = rank == 0 and first_iteration < num_iterations
     with Run(args, envs, checkpoint, has_log, num_iterations * rollout_size, note) as run:
         for iteration in range(first_iteration, num_iterations):
+            progress, gamma = iteration / num_iterations, args.gamma
             if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
+            if args.final_gamma is not None:
+                gamma += min(2 * progress, 1) * (args.final_gamma - args.gamma)
 
             # Collect a rollout.
             obs[0], dones[0] = obs[-1], dones[-1]
@@ -397,7 +401,7 @@ def train(args):
                     ended = infos["_episode"]
                     new_episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
                 if args.normalize_reward:
-                    so_far = rewards[step] + args.gamma * discounted_returns[step - 1]  # row -1 is of the last rollout
+                    so_far = rewards[step] + gamma * discounted_returns[step - 1]  # row -1 is of the last rollout
                     discounted_returns[step] = np.where(dones[step], 0.0, so_far)
 
             # Estimate advantages and returns.
@@ -411,9 +415,7 @@ def train(args):
             all_obs = torch.as_tensor(obs, device=device)
             with torch.no_grad():
                 values = agent.get_value(all_obs).numpy(force=True)  # (T + 1, N)
-            advantages = compute_gae(
-                rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
-            )
+            advantages = compute_gae(rewards, values[:-1], values[1:], terminations, dones[1:], gamma, args.gae_lambda)
             b_obs, b_actions, b_values, b_advantages, b_returns = (
                 torch.as_tensor(x[is_transition], device=device)
                 for x in (obs[:-1], actions, values[:-1], advantages, advantages + values[:-1])
@@ -429,7 +431,7 @@ def train(args):
                     with torch.no_grad():
                         values = agent.get_value(all_obs).numpy(force=True)
                     advantages = compute_gae(
-                        rewards, values[:-1], values[1:], terminations, dones[1:], args.gamma, args.gae_lambda
+                        rewards, values[:-1], values[1:], terminations, dones[1:], gamma, args.gae_lambda
                     )
                     b_advantages = torch.as_tensor(advantages[is_transition], device=device)
                     b_returns = b_advantages + torch.as_tensor(values[:-1][is_transition], device=device)
@@ -527,7 +529,7 @@ def check_args(args, world_size=1, checkpoint=None):
         f"at least one rollout, {rollout_size}": (("total_timesteps",), lambda x: x >= fewest_in_all),
         f"from 1 to {most}, so that each has two transitions": (("num_minibatches",), lambda x: 1 <= x <= most),
         "from -20 to 20": (("log_std_init",), lambda x: -20 <= x <= 20),
-        "from 0 to 1": (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1),
+        "from 0 to 1": (("gamma", "final_gamma", "gae_lambda"), lambda x: x is None or 0 <= x <= 1),
         "at least 0 and finite": (("learning_rate", "vf_coef", "ent_coef", "kl_coef"), lambda x: 0 <= x < math.inf),
         "above 0": (("clip_reward", "target_kl"), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("clip_coef", "max_grad_norm"), lambda x: x > 0),

@@ -49,7 +49,7 @@ class Log(BaseCallback):
 
 
 def train(name, args):
-    for flag in ("recompute_advantages", "clip_vloss", "kl_coef", "env_kwargs", "clip_reward"):
+    for flag in ("recompute_advantages", "clip_vloss", "kl_coef", "env_kwargs", "clip_reward", "final_gamma"):
         if getattr(args, flag, False) and not (flag == "clip_reward" and args.normalize_reward):
             sys.exit(f"--{flag.replace('_', '-')} has no counterpart in Stable-Baselines3")
     torch.set_num_threads(1)

@@ -894,6 +894,16 @@ def test_the_learning_rate_falls_linearly_to_0_or_stays(run):
         assert column(rows, "learning_rate") == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("final_gamma", "expected"), [(None, [0.5] * 4), (0.9, [0.5, 0.7, 0.9, 0.9]), (0.0, [0.5, 0.25, 0.0, 0.0])]
+)
+def test_gamma_moves_linearly_to_its_final_value_by_half_of_the_run_or_stays(run, monkeypatch, final_gamma, expected):
+    calls = spy_on_gae(monkeypatch)
+    flags = {"total_timesteps": 64, "update_epochs": 2, "recompute_advantages": True}
+    run(register(Clock), gamma=0.5, final_gamma=final_gamma, **flags)
+    assert [call.gamma for call in calls] == pytest.approx(np.repeat(expected, 2))
+
+
 def test_the_optimizer_takes_the_learning_rate_that_is_logged(run, monkeypatch):
     calls = spy_on_adam(monkeypatch)
     _, rows = run(register(Clock), total_timesteps=64)
@@ -1043,9 +1053,11 @@ def test_discounted_returns_of_two_rollouts_worked_out_by_hand(run, monkeypatch)
     assert [batch.tolist() for batch in batches] == [[1, 2.5, 5.25, 8], [20, 42, 64, 160]]
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize(("gamma", "final_gamma"), [(0.0, None), (0.7, None), (1.0, None), (0.4, 1.0), (0.9, 0.0)])
 @pytest.mark.parametrize("num_steps", [2, 5])
-def test_discounted_returns_are_the_discounted_sums_of_the_episodes_so_far(run, monkeypatch, num_steps, gamma):
+def test_discounted_returns_are_the_discounted_sums_of_the_episodes_so_far(
+    run, monkeypatch, num_steps, gamma, final_gamma
+):
     batches, steps = spy_on_return_statistics(monkeypatch), []
 
     class Recorded(Walkers):
@@ -1056,14 +1068,16 @@ def test_discounted_returns_are_the_discounted_sums_of_the_episodes_so_far(run, 
 
     flags = {"num_envs": 8, "num_steps": num_steps, "total_timesteps": 8 * num_steps * 12, "num_minibatches": 1}
     env_id = register(lambda num_envs: Recorded(num_envs, reset_reward=1e3))
-    agent, _ = run(env_id, normalize_reward=True, gamma=gamma, **flags)
+    agent, _ = run(env_id, normalize_reward=True, gamma=gamma, final_gamma=final_gamma, **flags)
     rewards, dones = map(np.array, zip(*steps))
+    final = gamma if final_gamma is None else final_gamma
+    gammas = np.concatenate([np.linspace(gamma, final, 6 + 1)[:-1], [final] * 6]).repeat(num_steps)
     num_rows = len(rewards)
     is_reset = np.concatenate([np.zeros((1, 8), bool), dones[:-1]])
     expected = np.zeros((num_rows, 8))
     for (t, n), _ in np.ndenumerate(expected):
         start = max((k + 1 for k in range(t) if is_reset[k, n]), default=0)  # of the episode that row t is in
-        expected[t, n] = sum(gamma ** (t - k) * rewards[k, n] for k in range(start, t + 1))
+        expected[t, n] = sum(gammas[k + 1 : t + 1].prod() * rewards[k, n] for k in range(start, t + 1))
     assert len(batches) == 12
     for i, batch in enumerate(batches):
         rows = slice(i * num_steps, (i + 1) * num_steps)
@@ -1138,7 +1152,7 @@ WRONG_SETTINGS = [
     *(("num_minibatches", value) for value in (-1, 0, 9, 16, 32, 10**6)),
     *((name, value) for name in ("update_epochs", "checkpoint_interval") for value in (-1, 0)),
     ("eval_episodes", -1),
-    *((name, value) for name in ("gamma", "gae_lambda") for value in (-0.1, 1.1, math.nan, math.inf)),
+    *((name, value) for name in ("gamma", "final_gamma", "gae_lambda") for value in (-0.1, 1.1, math.nan, math.inf)),
     *(
         (name, value)
         for name in ("learning_rate", "vf_coef", "ent_coef", "kl_coef")
@@ -1186,13 +1200,13 @@ def test_a_setting_out_of_range_is_refused_by_the_name_of_its_flag(refusal, name
         ("seed", (0, 2**31 - 1)),
         ("num_minibatches", (1, 8)),
         ("log_std_init", (-20.0, 20.0)),
-        *((name, (0.0, 1.0)) for name in ("gamma", "gae_lambda")),
+        *((name, (0.0, 1.0)) for name in ("gamma", "final_gamma", "gae_lambda")),
         *((name, (0.0, 1e9)) for name in ("learning_rate", "vf_coef", "ent_coef", "kl_coef")),
         *((name, (1e-9, math.inf)) for name in ("clip_coef", "max_grad_norm", "clip_reward", "target_kl")),
         *((name, (1, 10**9)) for name in ("update_epochs", "checkpoint_interval")),
         ("eval_episodes", (0, 10**9)),
         ("total_timesteps", (32, 10**12)),
-        *((name, (None,)) for name in ("clip_reward", "target_kl")),
+        *((name, (None,)) for name in ("clip_reward", "target_kl", "final_gamma")),
         ("env_kwargs", (None, (("a", True), ("b", "word")), {"a": [1.0, 2.0]})),
     ],
 )

@@ -550,7 +550,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_checkpoint_and_log(script, start):
 
 # Exact resuming.
 
-HARD = {"normalize_obs": True, "normalize_reward": True, "clip_reward": 10.0}
+HARD = {"normalize_obs": True, "normalize_reward": True, "clip_reward": 10.0, "final_gamma": 0.9}
 HARD_PPO = {**HARD, "kl_coef": 1.0, "target_kl": 0.01}
 
 
