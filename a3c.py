@@ -74,7 +74,7 @@ class Args:
     learning_rate: float = 7e-3  # step size of the optimizer
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.98  # discount factor
-    final_gamma: float | None = None  # discount factor that gamma moves to in the first half of the run; None: it stays
+    final_gamma: float | None = None  # gamma goes linearly to this in the first half of the run; None: it stays
     gae_lambda: float = 1.0  # lambda of GAE: 0 is the one-step TD error, 1 the Monte Carlo return of the rollout
     vf_coef: float = 0.5  # weight of the value loss, half the mean squared error
     ent_coef: float = 0.0  # weight of the entropy bonus
@@ -559,7 +559,8 @@ def check_args(args, checkpoint=None):
         f"at least {fewest_steps} with so many environments": (("num_steps",), lambda x: x >= fewest_steps),
         f"at least one rollout, {rollout_size}": (("total_timesteps",), lambda x: x >= fewest_in_all),
         "from -20 to 20": (("log_std_init",), lambda x: -20 <= x <= 20),
-        "from 0 to 1": (("gamma", "final_gamma", "gae_lambda"), lambda x: x is None or 0 <= x <= 1),
+        "from 0 to 1": (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1),
+        "from 0 to 1, or left out": (("final_gamma",), lambda x: x is None or 0 <= x <= 1),
         "at least 0 and finite": (("learning_rate", "vf_coef", "ent_coef"), lambda x: 0 <= x < math.inf),
         "above 0": (("clip_reward",), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("max_grad_norm",), lambda x: x > 0),

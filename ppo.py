@@ -61,7 +61,7 @@ class Args:
     learning_rate: float = 3e-3  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.98  # discount factor
-    final_gamma: float | None = None  # discount factor that gamma moves to in the first half of the run; None: it stays
+    final_gamma: float | None = None  # gamma goes linearly to this in the first half of the run; None: it stays
     gae_lambda: float = 0.9  # lambda of GAE: 0 is the one-step TD error, 1 the Monte Carlo return of the rollout
     update_epochs: int = 4  # K, passes over each rollout
     num_minibatches: int = 4  # minibatches, and so optimizer steps, in each pass
@@ -529,7 +529,8 @@ def check_args(args, world_size=1, checkpoint=None):
         f"at least one rollout, {rollout_size}": (("total_timesteps",), lambda x: x >= fewest_in_all),
         f"from 1 to {most}, so that each has two transitions": (("num_minibatches",), lambda x: 1 <= x <= most),
         "from -20 to 20": (("log_std_init",), lambda x: -20 <= x <= 20),
-        "from 0 to 1": (("gamma", "final_gamma", "gae_lambda"), lambda x: x is None or 0 <= x <= 1),
+        "from 0 to 1": (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1),
+        "from 0 to 1, or left out": (("final_gamma",), lambda x: x is None or 0 <= x <= 1),
         "at least 0 and finite": (("learning_rate", "vf_coef", "ent_coef", "kl_coef"), lambda x: 0 <= x < math.inf),
         "above 0": (("clip_reward", "target_kl"), lambda x: x is None or x > 0),
         "above 0; inf turns it off": (("clip_coef", "max_grad_norm"), lambda x: x > 0),

@@ -50,7 +50,8 @@ class Log(BaseCallback):
 
 def train(name, args):
     for flag in ("recompute_advantages", "clip_vloss", "kl_coef", "env_kwargs", "clip_reward", "final_gamma"):
-        if getattr(args, flag, False) and not (flag == "clip_reward" and args.normalize_reward):
+        is_given = getattr(args, flag, None) != getattr(type(args), flag, None)
+        if is_given and not (flag == "clip_reward" and args.normalize_reward):
             sys.exit(f"--{flag.replace('_', '-')} has no counterpart in Stable-Baselines3")
     torch.set_num_threads(1)
     env_kwargs = {"render_mode": None}  # SB3's own, rgb_array, has LunarLander simulate ever more particles

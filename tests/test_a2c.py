@@ -43,7 +43,8 @@ def test_ppo_with_one_minibatch_once_is_a2c(env_id, tmp_path):
     # The two sum the same float32 gradient in another order, and after hundreds of steps of Adam differ by some 1e-6.
     # The rollouts hold terminations, truncations (of the continuous task) and reset rows.
     flags = {"env_id": env_id, "num_envs": 4, "num_steps": 16, "total_timesteps": 20_000, "gae_lambda": 0.95}
-    flags |= {"learning_rate": 1e-3, "gamma": 0.9, "final_gamma": 0.99, "ent_coef": 0.01, "vf_coef": 0.5}
+    flags |= {"learning_rate": 1e-3, "gamma": 0.9, "final_gamma": 0.99, "normalize_reward": True}
+    flags |= {"ent_coef": 0.01, "vf_coef": 0.5}
     agents = [
         a2c.train(a2c.Args(**flags, optimizer="adam", run_dir=str(tmp_path / "a2c"))),
         ppo.train(
