@@ -22,7 +22,7 @@ from matplotlib.ticker import EngFormatter
 HERE = Path(__file__).resolve().parent
 LABELS = {
     "ppo": ("ppo.py", "#0072b2"),
-    "ppo-recompute": ("ppo.py, README's flags", "#56b4e9"),
+    "ppo-rising": ("ppo.py, README's flags", "#56b4e9"),
     "ppo-unsticky": ("ppo.py, no sticky actions", "#009e73"),
     "a2c": ("a2c.py", "#009e73"),
     "a3c": ("a3c.py", "#cc79a7"),

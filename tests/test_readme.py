@@ -97,7 +97,7 @@ def test_each_result_is_of_the_command_that_its_run_lists(result):
 
 
 CLASSIC = (None, "ppo", "sb3-ppo", "a2c", "sb3-a2c", "a3c")  # the columns after the first, by the names of the runs
-ROBOTS = ("ppo-recompute", "ppo", "sb3-ppo")
+ROBOTS = ("ppo-rising", "ppo", "sb3-ppo")
 
 
 def returns_in_readme():
