@@ -86,9 +86,10 @@ def test_a_worker_collects_and_learns_as_a2c_does():
     "env_id, flags",
     [
         ("CartPole-v1", {}),
-        ("CartPole-v1", {"lock": True, "num_envs": 3, "gae_lambda": 0.95, "final_gamma": 0.9}),
+        ("CartPole-v1", {"lock": True, "num_envs": 3, "gae_lambda": 0.95}),
         ("CartPole-v1", {"start_method": "spawn", "num_steps": 16}),
-        ("MountainCarContinuous-v0", {"normalize_obs": True, "normalize_reward": True, "final_gamma": 0.5}),
+        ("MountainCarContinuous-v0", {"normalize_obs": True, "normalize_reward": True, "clip_reward": 1.0}),
+        ("CartPole-v1", {"normalize_reward": True, "gae_lambda": 0.95, "final_gamma": 0.5}),
         ("Pendulum-v1", {"optimizer": "adam", "lock": True}),
     ],
 )
