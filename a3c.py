@@ -289,21 +289,6 @@ class NumpyPolicy:
         return outputs.reshape(-1, *self.std.shape) + self.std * rng.standard_normal((len(obs), *self.std.shape))
 
 
-def flatten_parameters(agent):
-    """Lay all parameters out in one vector, theta, and all gradients in theta.grad, of which they become views.
-
-    One vector is faster to clip and to step along than a dozen small tensors. Clear the gradient with
-    `theta.grad.zero_()`; to set it to None, as `optimizer.zero_grad` does, would cut the views off.
-    """
-    parameters = list(agent.parameters())
-    sizes = [parameter.numel() for parameter in parameters]
-    theta = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    theta.grad = torch.zeros_like(theta)
-    for parameter, data, grad in zip(parameters, theta.data.split(sizes), theta.grad.split(sizes)):
-        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
-    return theta
-
-
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16) by its backward recursion.
 
@@ -355,8 +340,10 @@ def worker(
         prefix = f"training-from-{global_step}"
         envs = RecordVideo(envs, f"{run_dir}/videos", record_first_only=True, name_prefix=prefix)
     agent = Agent(envs, args.log_std_init, args.normalize_obs, args.normalize_reward)
-    theta = flatten_parameters(agent)
-    shared_theta.grad = theta.grad  # of this process alone: what the shared optimizer steps along
+    parameters = list(agent.parameters())
+    theta = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())  # faster than a dozen small tensors
+    for parameter, data in zip(parameters, theta.data.split([parameter.numel() for parameter in parameters])):
+        parameter.data = data.view_as(parameter)  # a view of theta from here on
     update_lock = lock if args.lock else nullcontext()
 
     # Step t leads from row t to row t + 1 of obs and dones, so their last row is the first of the next rollout.
@@ -429,11 +416,11 @@ def worker(
             with torch.set_grad_enabled(args.ent_coef > 0):  # without a bonus, its gradient would be time lost
                 entropy = dist.entropy().mean()
             loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-            theta.grad.zero_()
-            loss.backward()
+            theta.grad = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters)])
             theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)
             check_finite((iteration + 1) * T * N, loss=loss.item(), gradient=theta.grad.numpy())
             with update_lock:
+                shared_theta.grad = theta.grad  # of this process alone, what the shared optimizer steps along
                 optimizer.step()
                 with num_updates.get_lock():
                     staleness = num_updates.value - num_updates_before
@@ -492,11 +479,15 @@ def train(args):
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would slow small networks down and, in layer_init, change the initial weights
     agent = Agent(envs, args.log_std_init, args.normalize_obs, args.normalize_reward)
-    theta = flatten_parameters(agent)
+    parameters = list(agent.parameters())
+    theta = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())  # faster than a dozen small tensors
+    for parameter, data in zip(parameters, theta.data.split([parameter.numel() for parameter in parameters])):
+        parameter.data = data.view_as(parameter)  # a view of theta from here on
     if args.optimizer == "rmsprop":  # the paper adds an eps, here 1e-5, under the root, PyTorch outside
         optimizer = torch.optim.RMSprop([theta], lr=args.learning_rate, alpha=0.99, eps=1e-5**0.5)
     else:
         optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
+    theta.grad = torch.zeros_like(theta)
     optimizer.step()  # along a gradient of 0: this makes the optimizer's state, which would else be each worker's own
     optimizer.state[theta]["step"].zero_()
 

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -76,23 +77,22 @@ def main(options):
         with contextlib.redirect_stdout(nowhere):
             agent = ppo.train(args)
         obs, actions, advantages = collect(agent, replace(args, num_steps=options.num_steps))
-        theta = ppo.flatten_parameters(agent)
-        optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5)
-        old = theta.detach().clone()
+        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+        old = parameters_to_vector(agent.parameters()).detach()
         with torch.no_grad():
             old_dist = agent.get_dist(obs)
             logprobs = old_dist.log_prob(actions)
         for _ in range(options.update_epochs):
             for rows in torch.randperm(len(obs)).tensor_split(args.num_minibatches):
                 ratio = (agent.get_dist(obs[rows]).log_prob(actions[rows]) - logprobs[rows]).exp()
-                theta.grad.zero_()
+                optimizer.zero_grad()
                 (-(ratio * advantages[rows]).mean()).backward()
                 optimizer.step()
-        direction, lines = theta.detach() - old, []
+        direction, lines = parameters_to_vector(agent.parameters()).detach() - old, []
         args = replace(args, eval_episodes=options.eval_episodes)
         print(f"{'scale':>6}{'E[r A]':>10}{'clipped':>10}{'KL':>10}{'return':>10}   95 % interval")
         for scale in np.linspace(0, options.max_scale, 33):
-            theta.data.copy_(old + scale * direction)
+            vector_to_parameters(old + scale * direction, agent.parameters())
             with torch.no_grad():
                 dist = agent.get_dist(obs)
             ratio = (dist.log_prob(actions) - logprobs).exp()

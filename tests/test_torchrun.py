@@ -46,11 +46,9 @@ gym.register("Noise-v0", Noise)
 def act_by_observation(self, obs, rng):
     return (obs.sum(-1) > 0).astype(np.int64)
 
-def start_at_the_same_point(agent):
-    theta = flatten_parameters(agent)
-    theta.data = 0.3 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(0))
-    torch.nn.utils.vector_to_parameters(theta, agent.parameters())
-    return theta
+def start_at_the_same_point(parameters):
+    size = sum(parameter.numel() for parameter in parameters)
+    return 0.3 * torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 gradients = []
 
@@ -140,8 +138,7 @@ def new_episodes(rows):
 
 GRADIENTS = """
 module, more = (ppo, dict(update_epochs=2, num_minibatches=1, norm_adv=False)) if "ppo" == {name!r} else (a2c, {{}})
-flatten_parameters = module.flatten_parameters
-module.NumpyPolicy.sample, module.flatten_parameters = act_by_observation, start_at_the_same_point
+module.NumpyPolicy.sample, torch.nn.utils.parameters_to_vector = act_by_observation, start_at_the_same_point
 module.average_over_processes = record(module.average_over_processes)
 args = module.Args(
     env_id="Noise-v0", num_envs=2 if torch.distributed.is_initialized() else 4, num_steps=8, total_timesteps=32 * 5,
