@@ -109,11 +109,9 @@ def make_envs(args):
     """
     env_id = "ale_py:" * args.env_id.startswith("ALE/") + args.env_id
     is_atari = env_id.startswith("ale_py:ALE/")
-    mode = args.vectorization_mode  # None leaves it to Gymnasium: native where there is one, else sync
+    mode = "vector_entry_point" if args.vectorization_mode == "native" else args.vectorization_mode  # Gymnasium's word
     if mode is None and args.num_envs == 1 and not is_atari:  # Atari's native one preprocesses, too
-        mode = "sync"  # faster for a single environment
-    elif mode == "native":
-        mode = "vector_entry_point"  # Gymnasium's word for it
+        mode = "sync"  # faster for a single one; None leaves it to Gymnasium: native where there is one, else sync
     kwargs = {"reward_clipping": False} if is_atari and mode in (None, "vector_entry_point") else {}
     if args.capture_video:
         kwargs["render_mode"] = "rgb_array"
@@ -263,9 +261,8 @@ class NumpyPolicy:
     def __init__(self, agent):
         self.agent, statistics = agent, agent.obs_statistics
         self.weights = [parameter.numpy(force=True).T for parameter in agent.actor.parameters()]
-        parts = [type(part) for part in agent.actor.modules()]
-        is_tanh_mlp = parts == [nn.Sequential, nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
-        self.is_mlp = is_tanh_mlp and len(self.weights) == 6  # with a bias in each layer
+        tanh_mlp = [nn.Sequential, nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
+        self.is_mlp = [type(x) for x in agent.actor.modules()] == tanh_mlp and len(self.weights) == 6  # 3 with a bias
         if agent.log_std is not None:
             self.std = agent.log_std.exp().numpy(force=True)
         if statistics is not None:
@@ -366,8 +363,8 @@ def worker(
     with closing(envs):
         for iteration in claim(num_rollouts, num_iterations):
             progress, gamma = iteration / num_iterations, args.gamma
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
+            lr = args.learning_rate * (1 - progress) if args.anneal_lr else args.learning_rate
+            optimizer.param_groups[0]["lr"] = lr
             if args.final_gamma is not None:
                 gamma += min(2 * progress, 1) * (args.final_gamma - args.gamma)
             with update_lock:
@@ -430,7 +427,7 @@ def worker(
                     shared_agent.obs_statistics.update(b_obs)
 
             losses = torch.stack((policy_loss, value_loss, entropy, explained_variance)).tolist()
-            diagnostics.append((*losses, optimizer.param_groups[0]["lr"], staleness))
+            diagnostics.append((*losses, lr, staleness))
             if len(diagnostics) == updates_per_report:
                 reports.put((episodes, diagnostics))
                 episodes, diagnostics = [], []
@@ -638,8 +635,7 @@ def load_checkpoint(path):
         if checkpoint["script"] != Path(__file__).stem:
             raise ValueError(f"{checkpoint['script']}.py wrote it")
         Args(**checkpoint["args"])
-        missing = {"global_step", "agent", "optimizer", "log", "processes"} - checkpoint.keys()
-        if missing:
+        if missing := {"global_step", "agent", "optimizer", "log", "processes"} - checkpoint.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return checkpoint
     except Exception as error:

@@ -104,11 +104,9 @@ def make_envs(args):
     """
     env_id = "ale_py:" * args.env_id.startswith("ALE/") + args.env_id
     is_atari = env_id.startswith("ale_py:ALE/")
-    mode = args.vectorization_mode  # None leaves it to Gymnasium: native where there is one, else sync
+    mode = "vector_entry_point" if args.vectorization_mode == "native" else args.vectorization_mode  # Gymnasium's word
     if mode is None and args.num_envs == 1 and not is_atari:  # Atari's native one preprocesses, too
-        mode = "sync"  # faster for a single environment
-    elif mode == "native":
-        mode = "vector_entry_point"  # Gymnasium's word for it
+        mode = "sync"  # faster for a single one; None leaves it to Gymnasium: native where there is one, else sync
     kwargs = {"reward_clipping": False} if is_atari and mode in (None, "vector_entry_point") else {}
     if mode == "async":
         kwargs["wrappers"] = (ignore_ctrl_c,)
@@ -262,9 +260,8 @@ class NumpyPolicy:
     def __init__(self, agent):
         self.agent, statistics = agent, agent.obs_statistics
         self.weights = [parameter.numpy(force=True).T for parameter in agent.actor.parameters()]
-        parts = [type(part) for part in agent.actor.modules()]
-        is_tanh_mlp = parts == [nn.Sequential, nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
-        self.is_mlp = is_tanh_mlp and len(self.weights) == 6  # with a bias in each layer
+        tanh_mlp = [nn.Sequential, nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
+        self.is_mlp = [type(x) for x in agent.actor.modules()] == tanh_mlp and len(self.weights) == 6  # 3 with a bias
         if agent.log_std is not None:
             self.std = agent.log_std.exp().numpy(force=True)
         if statistics is not None:
@@ -364,15 +361,16 @@ def train(args):
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        if not set_process_state(checkpoint["processes"].get(rank), envs, rng, last_rows):
+        state = checkpoint["processes"].get(rank)  # None if the run ended in a rollout that failed
+        if not (state and set_process_state(state, envs, rng, last_rows)):
             note = ", resumed with new episodes"
 
     has_log = rank == 0 and first_iteration < num_iterations
     with Run(args, envs, checkpoint, has_log, num_iterations * rollout_size, note) as run:
         for iteration in range(first_iteration, num_iterations):
             progress, gamma = iteration / num_iterations, args.gamma
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
+            lr = args.learning_rate * (1 - progress) if args.anneal_lr else args.learning_rate
+            optimizer.param_groups[0]["lr"] = lr
             if args.final_gamma is not None:
                 gamma += min(2 * progress, 1) * (args.final_gamma - args.gamma)
 
@@ -479,7 +477,6 @@ def train(args):
             *losses, explained_variance = means.tolist()
             metrics = dict(zip(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"), losses))
             check_finite(global_step, **metrics, parameters=theta.numpy(force=True))
-            lr = optimizer.param_groups[0]["lr"]
             metrics |= {"explained_variance": explained_variance, "kl_coef": kl_coef, "learning_rate": lr}
             episodes, signals = zip(*gather((new_episodes, run.signal)))
             stop_signal = next(filter(None, signals), None)  # the same for all processes
@@ -652,8 +649,6 @@ def get_process_state(envs, rng, rows):
 
 def set_process_state(state, envs, rng, rows):
     """Go on from what `get_process_state` returned; return whether the environments, reset before, do so, too."""
-    if state is None:
-        return False
     torch.set_rng_state(state["torch_rng"])
     rng.bit_generator.state = state["rng"]
     for row, value in zip(rows, state["rows"] or ()):
@@ -678,8 +673,7 @@ def load_checkpoint(path):
         if checkpoint["script"] != Path(__file__).stem:
             raise ValueError(f"{checkpoint['script']}.py wrote it")
         Args(**checkpoint["args"])
-        missing = {"global_step", "agent", "optimizer", "log", "processes"} - checkpoint.keys()
-        if missing:
+        if missing := {"global_step", "agent", "optimizer", "log", "processes"} - checkpoint.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return checkpoint
     except Exception as error:
