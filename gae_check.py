@@ -147,11 +147,6 @@ def mixture(rewards, values, gamma, gae_lambda):
     return (1 - gae_lambda) * sum(weighted) + gae_lambda ** len(shorter) * longest
 
 
-def td_error(rewards, values, gamma):
-    """lambda 0: delta_0 = r_0 + gamma V(s_1) - V(s_0)."""
-    return rewards[0] + gamma * values[1] - values[0]
-
-
 def return_minus_baseline(rewards, values, gamma):
     """lambda 1: G_0 - V(s_0), with G_k = r_k + gamma G_{k+1} and the bootstrap as G_L."""
     return functools.reduce(lambda g, reward: reward + gamma * g, rewards[::-1], values[-1]) - values[0]
@@ -175,7 +170,7 @@ def identities(x):
         discounts = x.gamma, x.gae_lambda
         yield "definition: the sum of (gamma lambda)^k delta", advantages[at], definition(rewards, values, *discounts)
         yield "(1 - lambda)-weighted n-step advantages", advantages[at], mixture(rewards, values, *discounts)
-        yield "lambda 0: the TD error", lambda_0[at], td_error(rewards, values, x.gamma)
+        yield "lambda 0: the TD error", lambda_0[at], n_step_advantage(rewards, values, x.gamma, 1)
         yield "lambda 1: return minus baseline", lambda_1[at], return_minus_baseline(rewards, values, x.gamma)
         for n in range(1, len(rewards) + 1):
             no = np.zeros(n, bool)
