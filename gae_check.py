@@ -566,9 +566,7 @@ def readings(function, given):
     # A flag that may be left out, beside one that tells the same, can be something else: a mask of padding, say.
     optional = [name for name in roles if name not in given and parameters[name].default is None]
     shorter = [{name: role for name, role in roles.items() if name != left_out} for left_out in optional]
-    found = []
-    for some in (roles, *(some for some in shorter if told(some) == told(roles))):
-        found += [reading for reading in meanings(some, given) if reading not in found]
+    found = [reading for some in (roles, *shorter) if told(some) == told(roles) for reading in meanings(some, given)]
     if not found:
         meant = [f"{name} ({role})" for name, role in roles.items()]
         same = [one for one, role in zip(meant, roles.values()) if [*roles.values()].count(role) > 1]
