@@ -534,7 +534,7 @@ def base(role):
 def readings(function, given):
     """Every {parameter: role} that the names of the parameters allow, the likeliest first."""
     try:
-        parameters, roles, unknown = inspect.signature(function).parameters, {}, []
+        parameters, roles = inspect.signature(function).parameters, {}
     except (TypeError, ValueError):
         raise UsageError("its parameters have no names: wrap it in a function of yours") from None
     given = {name: role if role in ROLES else ROLE_OF.get(role, role) for name, role in given.items()}
@@ -547,16 +547,14 @@ def readings(function, given):
         is_switch = isinstance(parameter.default, bool) and role != "last_done"
         if name in given or (role and not is_switch):
             roles[name] = given.get(name, role)
-        elif parameter.default is parameter.empty and "VAR" not in parameter.kind.name:
-            unknown.append(name)
     lambdas = [name for name in parameters.keys() - roles.keys()
                if re.search("lamb?da", name.lower()) and not isinstance(parameters[name].default, bool)]
     if "gae_lambda" not in roles.values() and len(lambdas) == 1:
         roles |= dict.fromkeys(lambdas, "gae_lambda")
-        unknown = [name for name in unknown if name not in lambdas]
     if "gamma" in roles.values():  # beside it, a discount is 1 - done
         roles |= {name: "not_dones" for name, role in roles.items() if role == "discounts" and name not in given}
-    if unknown:
+    needed = [name for name, p in parameters.items() if p.default is p.empty and "VAR" not in p.kind.name]
+    if unknown := [name for name in needed if name not in roles]:
         maps = " ".join(f"--map {name}=ROLE" for name in unknown)
         raise UsageError(f"what is meant by {', '.join(unknown)}? {maps}; roles: {', '.join(ROLES)}; "
                          "if none fits, wrap it in a function of yours")
