@@ -1037,18 +1037,15 @@ def describe(report):
         lines += ["  first at t = {t}, env = {env}: expected {expected:.6g}, got {got:.6g}".format(**report)]
         right = f"right is A_t = delta_t + gamma lambda (1 - done) A_{{t+1}} with {DELTA}"
         lines += [f"  cure: {report['cure']}" if report["cure"] else f"  {right}"]
-        (num_steps, num_envs), first = np.shape(x["rewards"]), report["t"]
-        rows, part = list(np.ndindex(num_steps, num_envs)), ""
-        if num_steps > 9:  # it takes a long one: what matters is near
-            rows, part = [at for at in rows if first <= at[0] < first + 9], "part of "
+        first, part = report["t"], "part of " * (len(x["rewards"]) > 9)  # it takes a long one: what matters is near
+        rows = [at for at in np.ndindex(np.shape(x["rewards"])) if not part or first <= at[0] < first + 9]
         lines += [f"  {part}the smallest rollout that shows it, with gamma {x['gamma']} and lambda {x['gae_lambda']}:"]
         lines += ["    t env    reward     value  next value  expected       got"]
         for t, env in rows:
             numbers = [x[key][t][env] for key in ("rewards", "values", "next_values", "expected", "got")]
             ends = {"terminations": "terminated", "truncations": "truncated", "resets": "reset row"}
-            end = "".join(word for key, word in ends.items() if x[key][t][env])
-            if t == 0 and x["begins"][0][env] and "episode_starts" in report["called_with"]:
-                end = ", ".join(filter(None, ["begins an episode", end]))
+            begins = t == 0 and x["begins"][0][env] and "episode_starts" in report["called_with"]
+            end = ", ".join(["begins an episode"] * begins + [word for key, word in ends.items() if x[key][t][env]])
             lines += ["  {:3} {:3} {:9.4g} {:9.4g} {:11.4g} {:9.4g} {:9.4g}  {}".format(t, env, *numbers, end).rstrip()]
     lines += [f"  called with {report['called_with']}", *(f"  note: {note}" for note in report["notes"])]
     return "\n".join(lines)
