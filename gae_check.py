@@ -632,10 +632,9 @@ class Call:
 
     def arguments(self, x, env):
         """The arguments for one environment of a rollout, or for a slice of them."""
-        flags = np.stack([x.terminations, x.truncations, x.dones])  # (3, T, N)
-        flags_after = np.concatenate([np.broadcast_to(x.begins, flags[:, :1].shape), flags], axis=1)  # (3, T + 1, N)
-        terminations, truncations, dones = flags_after if self.long_flags else flags
-        starts = flags_after[2]
+        flags = [np.concatenate([x.begins, flag]) for flag in (x.terminations, x.truncations, x.dones)]  # (T + 1, N)
+        terminations, truncations, dones = flags if self.long_flags else (flag[1:] for flag in flags)
+        starts = flags[2]
         meaning = {
             "rewards": x.rewards, "values": x.values if self.long_values else x.values[:-1],
             "next_values": x.next_values, "bootstrap": x.values[-1],
