@@ -611,13 +611,11 @@ class Call:
         """What its parameters let the function know, which is all that it may be judged on."""
         self.has, self.signature = {*map(base, self.roles.values())}, inspect.signature(self.function)
         flags = [names for names in FLAGS if self.has & names]
-        if len(flags) > 1:
-            self.ends = ["terminated", "truncated"]
-        else:  # one flag cannot tell them apart, and is right for one of them at most
-            self.ends = ["truncated"] if "truncations" in self.has else ["terminated"] if flags else []
+        # One flag cannot tell them apart, and is right for one of them at most.
+        of_one_flag = ["truncated"] if "truncations" in self.has else ["terminated"] if flags else []
+        self.ends = ["terminated", "truncated"] if len(flags) > 1 else of_one_flag
         # Without next_values, V of a truncated episode's last observation is known from the reset row alone.
-        sees_next = "next_values" in self.has
-        self.same_step_ends = [end for end in self.ends if sees_next or end == "terminated"]
+        self.same_step_ends = [end for end in self.ends if "next_values" in self.has or end == "terminated"]
         no_bootstrap = not self.long_values and not self.has & {"bootstrap", "next_values"}
         no_last_done = "episode_starts" in self.has and "last_done" not in self.has and not self.long_flags
         self.last = "running" if no_last_done else "any"
