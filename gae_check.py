@@ -824,16 +824,17 @@ def depends_on_others(call):
 def blame(call, num_mistakes):
     """(mistake, cure, output, what it should be) if so many mistakes at once give the numbers returned, else None."""
     labels = call.labels()
-    if "advantages" in labels:
-        i = 1 - labels.index("advantages")
-        names = [name for name, estimate in WRONG_RETURNS.items() if call.is_explained(i, estimate)]
-        return (names[0], "returns = advantages + values", i, "lambda-returns") if names else None
-    if None not in labels:
+    if None not in labels and "advantages" not in labels:
         cure = "subtract the values" + ("; " + TRACE) * ("gae_lambda" in call.has and labels != ["lambda-returns"])
         return f"{labels[0]} are returned for advantages", cure, 0, "advantages"
+    i = 1 - labels.index("advantages") if "advantages" in labels else labels.index(None)
+    names = [name for name, estimate in WRONG_RETURNS.items() if call.is_explained(i, estimate)]
+    wrong_returns = (names[0], "returns = advantages + values", i, "lambda-returns") if names else None
+    if "advantages" in labels:
+        return wrong_returns
     if num_mistakes == 1 and (right := mixes_environments(call)):
-        return *MIXED, labels.index(None), right
-    i, known = labels.index(None), [entry for entry in MISTAKES if entry[0] != NO_MASK or num_mistakes == 1]
+        return *MIXED, i, right
+    known = [entry for entry in MISTAKES if entry[0] != NO_MASK or num_mistakes == 1]
     single = [(name, cure, change) for name, cure, changes in known for change in changes]
     # A function that cannot know V of the true successor may take the next row's, and err with that.
     knows_all = "next_values" in call.has and len(call.ends) == 2
@@ -844,10 +845,7 @@ def blame(call, num_mistakes):
         for right, estimate in (("advantages", wrong), ("lambda-returns", plus_values(wrong))):
             if len(set(names)) == num_mistakes and call.is_explained(i, estimate):
                 return " and ".join(names), "; ".join(dict.fromkeys(cures)), i, right
-    for name, estimate in WRONG_RETURNS.items() if num_mistakes == 1 else ():
-        if call.is_explained(i, estimate):
-            return name, "returns = advantages + values", i, "lambda-returns"
-    return None
+    return wrong_returns
 
 
 def smallest(call, i, right, args):
