@@ -706,6 +706,12 @@ class Call:
         """Whether output i is this estimate on every rollout."""
         return all(agree(*case) for case in self.cases(i, estimate))
 
+    def is_right(self, x, i, label):
+        """Whether output i for this rollout is what the label says, or None if the function fails."""
+        with contextlib.suppress(Fault):
+            return bool(agree(x, RIGHT[label](x), self(x)[i]))
+        return None
+
     def num_right(self, i, label):
         """How many numbers of output i are, at their place, what this label says."""
         cases = self.cases(i, RIGHT[label])
@@ -794,16 +800,12 @@ def in_other_form(call, args, roles, long_values, long_flags):
 
 def mixes_environments(call):
     """What the unexplained output rightly is as long as all environments do the same as any one of them, or None."""
-    i, twins = call.labels().index(None), []
-    for x in call.rollouts if call.layout != "(T,)" else ():
-        arrays, num_envs = {k: v for k, v in vars(x).items() if isinstance(v, np.ndarray)}, x.rewards.shape[1]
-        for env in range(num_envs):
-            twins.append(replace(x, **{k: np.repeat(v[:, [env]], num_envs, axis=1) for k, v in arrays.items()}))
-    with contextlib.suppress(Fault):
-        outputs = [call(x)[i] for x in twins]
-        for label in ("advantages", "lambda-returns") if twins else ():
-            if all(agree(x, RIGHT[label](x), output) for x, output in zip(twins, outputs, strict=True)):
-                return label
+    i, twins, num_envs = call.labels().index(None), [], call.rollouts[0].rewards.shape[1]
+    for x, env in itertools.product(call.rollouts, range(num_envs)):
+        twins.append(replace(x, **{k: v[:, [env] * num_envs] for k, v in vars(x).items() if isinstance(v, np.ndarray)}))
+    for label in ("advantages", "lambda-returns") if call.layout != "(T,)" else ():
+        if all(call.is_right(x, i, label) for x in twins):
+            return label
     return None
 
 
@@ -883,20 +885,14 @@ def remarks(call, args):
         "one environment": call.rollout(args, rng, rng.normal, False, num_envs=1),
         "a rollout of 1,024 steps": call.rollout(args, rng, rng.normal, False, 0.99, 0.95, num_steps=1024),
     }
-    fails = list(hard)
-    for name, x in hard.items():
-        with contextlib.suppress(Fault):
-            if agree(x, RIGHT[labels[0]](x), call(x)[0]):
-                fails.remove(name)
+    fails = [name for name, x in hard.items() if not call.is_right(x, 0, labels[0])]
     numbers = "flags that are numbers" if call.bool_flags else "flags that are booleans"
     others = {numbers: replace(call, bool_flags=not call.bool_flags)}
     if call.long_values and "not_dones" in call.roles.values() and not call.long_flags:
         others["masks of T + 1 rows, as its values have"] = replace(call, long_flags=True)
-    for name, other in others.items():
-        with contextlib.suppress(Fault):  # only an error that nobody would see is worth a note
-            x = other.rollout(args, rng, rng.normal, False)
-            if not agree(x, RIGHT[labels[0]](x), other(x)[0]):
-                fails.append(name)
+    for name, other in others.items():  # only an error that nobody would see is worth a note
+        if other.is_right(other.rollout(args, rng, rng.normal, False), 0, labels[0]) is False:
+            fails.append(name)
     called_dones = [k for k, role in call.roles.items() if role == "terminations" and ROLE_OF.get(k) == "dones"]
     notes = [
         (f"it returns {', '.join(labels)}", labels not in (["advantages"], ["advantages", "lambda-returns"])),
@@ -937,9 +933,8 @@ def narrower_terms(call, i, right, args):
         "what it gets as V(s_{t+1}) is 0 after a termination": zeroed,
     }
     for term, rollouts in terms.items():
-        with contextlib.suppress(Fault):
-            if rollouts and all(agree(x, RIGHT[right](x), call(x)[i]) for x in rollouts):
-                yield f"it is right if {term}"
+        if rollouts and all(call.is_right(x, i, right) for x in rollouts):
+            yield f"it is right if {term}"
     for name, role in call.roles.items():
         if "episode_starts" in role:
             roles = call.roles | {name: role.replace("episode_starts", "dones")}
