@@ -791,11 +791,11 @@ def first_that_runs(function, roles, layout, lengths, containers, args, faults):
     return None
 
 
-def in_other_form(call, args, roles, long_values, long_flags):
+def in_other_form(call, args, **changes):
     """The call with other roles or lengths, or None if it does not work so."""
-    containers = PLAIN if call.container in PLAIN else TENSORS
-    lengths = [(long_values, long_flags)]
-    return first_that_runs(call.function, roles, call.layout, lengths, containers, args, [])
+    call, containers = replace(call, **changes), PLAIN if call.container in PLAIN else TENSORS
+    lengths = [(call.long_values, call.long_flags)]
+    return first_that_runs(call.function, call.roles, call.layout, lengths, containers, args, [])
 
 
 def mixes_environments(call):
@@ -938,7 +938,7 @@ def narrower_terms(call, i, right, args):
     for name, role in call.roles.items():
         if "episode_starts" in role:
             roles = call.roles | {name: role.replace("episode_starts", "dones")}
-            other = in_other_form(call, args, roles, call.long_values, False)
+            other = in_other_form(call, args, roles=roles, long_flags=False)
             if other and other.labels()[i] == right:
                 yield f"it is right if {name}[t] is about the end of step t itself: --map {name}={roles[name]}"
 
@@ -973,15 +973,14 @@ def judge(function, name, given, args):
             fuller = [other.roles.keys() - call.roles.keys() for other in wrong if other.layout == call.layout]
             wrong = [other for other in others if None in other.labels() and mixes_environments(other)]
             # T + 1 rows of values may be right by themselves, and hide that nothing is added to T rows.
-            short = in_other_form(call, args, call.roles, False, call.long_flags) if call.long_values else None
+            short = call.long_values and in_other_form(call, args, long_values=False)
             blamed = blame(short, 1) if short and None in short.labels() else None
             if not wrong and blamed and blamed[0] == NO_BOOTSTRAP:
                 wrong, terms = [short], ["given T + 1 rows of values, it is right"]
             if not wrong:
                 notes = [f"on {other.layout} it is wrong without an error" for other in others]
                 notes += [f"given {name}, too, it is wrong" for name in sorted(set().union(*fuller))]
-                has_starts = call.long_flags and "episode_starts" in call.has and "last_done" not in call.has
-                few = in_other_form(call, args, call.roles, call.long_values, False) if has_starts else None
+                few = call.long_flags and "episode_starts" in call.has and in_other_form(call, args, long_flags=False)
                 going_on = "it is right if the last step ends no episode"
                 for rows, other, right in (("values", short, ONE_TERMINATED), ("episode starts", few, going_on)):
                     if other and None in other.labels():
