@@ -315,11 +315,6 @@ def without_delta(x, rows):
     return {"rewards": np.where(rows, x.values[:-1], x.rewards), "terminations": x.terminations | rows}
 
 
-def time_reversed(x):
-    turned = {name: getattr(x, name)[::-1] for name in ("rewards", "next_values", "terminations", "dones")}
-    return turned | {"values": np.roll(x.values[::-1], -1, axis=0), "finish": np.flipud}
-
-
 def normalised(advantages, axis=None, ddof=0):
     return (advantages - advantages.mean(axis)) / (advantages.std(axis, ddof=ddof) + 1e-8)
 
@@ -452,7 +447,9 @@ MISTAKES = [
     ("the advantages come out in reverse", "reverse what a backward loop appends",
      [*finished(np.flipud),
       lambda x: {"finish": lambda advantages: np.flipud(advantages + x.values[:-1]) - x.values[:-1]}]),
-    ("the loop runs forward", "A_t needs A_{t+1}: loop over reversed(range(T))", [time_reversed]),
+    ("the loop runs forward", "A_t needs A_{t+1}: loop over reversed(range(T))",
+     [lambda x: {name: getattr(x, name)[::-1] for name in ("rewards", "next_values", "terminations", "dones")}
+      | {"values": np.roll(x.values[::-1], -1, axis=0), "finish": np.flipud}]),
 ]  # fmt: skip
 
 
