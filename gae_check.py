@@ -800,10 +800,8 @@ def mixes_environments(call):
     i, twins, num_envs = call.labels().index(None), [], call.rollouts[0].rewards.shape[1]
     for x, env in itertools.product(call.rollouts, range(num_envs)):
         twins.append(replace(x, **{k: v[:, [env] * num_envs] for k, v in vars(x).items() if isinstance(v, np.ndarray)}))
-    for label in ("advantages", "lambda-returns") if call.layout != "(T,)" else ():
-        if all(call.is_right(x, i, label) for x in twins):
-            return label
-    return None
+    labels = "advantages", "lambda-returns"
+    return next((label for label in labels if all(call.is_right(x, i, label) for x in twins)), None)
 
 
 MIXED = "environments are mixed", "each environment has a sum of its own: nothing may reduce or join the axis N"
@@ -812,7 +810,7 @@ MIXED = "environments are mixed", "each environment has a sum of its own: nothin
 def depends_on_others(call):
     """Whether what an environment gets changes with the rewards of the others."""
     x, i = call.rollouts[0], call.labels().index(None)
-    for kept in np.eye(x.rewards.shape[1]) if call.layout != "(T,)" else ():
+    for kept in np.eye(x.rewards.shape[1]):
         others_changed = replace(x, rewards=np.where(kept, x.rewards, -2.0 * x.rewards))
         with contextlib.suppress(Fault):
             if not agree(x, kept * call.outputs[0][i], kept * call(others_changed)[i]):
