@@ -911,15 +911,13 @@ def remarks(call, args):
 def narrower_terms(call, i, right, args):
     """Yield what would have to hold for a function with a mistake to be right."""
     rng, episodes, zeroed = np.random.default_rng(args.seed), [], []
-    alone = replace(call)
-    alone.ends, alone.same_step_ends, alone.last = [], [], "running"  # the only end is put in below
     knows_starts = call.has & {"episode_starts", "last_done"}  # of which an episode has one in its first row
     kinds = [{"terminated": "terminations", "truncated": "truncations"}[end] for end in call.ends]
     for *discounts, num_steps, size in ROLLOUTS * 3 if kinds and not knows_starts else ():
-        x = alone.rollout(args, rng, functools.partial(rng.normal, 0.0, size), False, *discounts, num_steps=num_steps)
-        ended = rng.integers(len(kinds) + 1, size=x.dones.shape[1])  # 0: it runs on
-        last = {kind: with_last(x.dones, ended == k) for k, kind in enumerate(kinds, start=1)}
-        episodes.append(replace(x, dones=with_last(x.dones, ended > 0), **last))
+        x = call.rollout(args, rng, functools.partial(rng.normal, 0.0, size), False, *discounts, num_steps=num_steps)
+        ended, no = rng.integers(len(kinds) + 1, size=x.dones.shape[1]), x.dones & False  # 0: it runs on
+        last = {kind: with_last(no, ended == k) for k, kind in enumerate(kinds, start=1)}
+        episodes.append(replace(x, next_values=x.values[1:], dones=with_last(no, ended > 0), **last))
     for x in call.rollouts:
         next_values = np.where(x.terminations, 0.0, x.next_values)
         zeroed.append(replace(x, next_values=next_values, values=with_last(x.values, next_values[-1])))
