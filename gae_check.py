@@ -98,12 +98,10 @@ def make_rollout(rng, draw, ends, next_step, gamma, gae_lambda, last="any", num_
     if last != "any":
         chance = {"terminated": 1.0, "either": 0.5, "running": 0.0}[last]
         terminations[-1], truncations[-1] = rng.random(num_envs) < chance, False
-    resets = np.zeros(shape, bool)
-    for t in range(1, num_steps if next_step else 0):
-        resets[t] = terminations[t - 1] | truncations[t - 1]
-        terminations[t] &= ~resets[t]
-        truncations[t] &= ~resets[t]
     dones = terminations | truncations
+    for t in range(1, num_steps if next_step else 0):
+        dones[t] &= ~dones[t - 1]  # the row after a done is the reset
+    terminations, truncations, resets = terminations & dones, truncations & dones, shift(dones & next_step, -1, "zero")
     next_values = values[1:] if next_step else np.where(dones, final_values, values[1:])
     values = np.concatenate([values[:-1], next_values[-1:]])
     rewards = np.where(resets, 0.0, rewards)
