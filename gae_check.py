@@ -627,12 +627,11 @@ class Call:
         """The arguments for one environment of a rollout, or for a slice of them."""
         flags = [np.concatenate([x.begins, flag]) for flag in (x.terminations, x.truncations, x.dones)]  # (T + 1, N)
         terminations, truncations, dones = flags if self.long_flags else (flag[1:] for flag in flags)
-        starts = flags[2]
         meaning = {
             "rewards": x.rewards, "values": x.values if self.long_values else x.values[:-1],
             "next_values": x.next_values, "bootstrap": x.values[-1],
             "terminations": terminations, "truncations": truncations, "dones": dones,
-            "episode_starts": starts if self.long_flags else starts[:-1], "last_done": starts[-1],
+            "episode_starts": np.concatenate([x.begins, x.dones])[: len(dones)], "last_done": x.dones[-1],
             "discounts": x.gamma * ~terminations, "gamma": x.gamma, "gae_lambda": x.gae_lambda, "valid": ~x.resets,
         }  # fmt: skip
         return {name: self.packed(meaning[base(role)], role, env) for name, role in self.roles.items()}
