@@ -675,6 +675,8 @@ class Call:
                 columns.append([to_numpy(part) for part in (result if is_pair else [result])])
             except (TypeError, ValueError):
                 raise Fault(f"it returns a {type(result).__name__}, neither an array nor a pair of them") from None
+            if len(columns[-1]) != len((self.outputs or columns)[0]):
+                raise Fault("it returns one result at times, and two at others")
             for part in columns[-1]:
                 if part.shape != resets.shape:
                     raise Fault(f"it returns the shape {part.shape} for rewards of the shape {resets.shape}")
@@ -773,8 +775,6 @@ def first_that_runs(function, roles, layout, lengths, containers, args, faults):
                 x = call.rollout(args, rng, draw, next_step, *discounts, num_steps=num_steps)
                 call.rollouts.append(x)
                 call.outputs.append(call(x))
-            if len(set(map(len, call.outputs))) > 1:
-                raise Fault("it returns one result at times, and two at others")
             x = call.rollouts[0]
             if not all(agree(x, one, other) for one, other in zip(call.outputs[0], call(x), strict=True)):
                 raise Fault("called once more with the same arguments, it returns other numbers")

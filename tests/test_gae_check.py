@@ -1228,8 +1228,21 @@ def test_a_change_in_the_number_of_results_is_said():
         advantages = textbook(rewards, values, next_value, dones, gamma, lam)
         return (advantages, advantages + values) if len(rewards) < 100 else advantages
 
-    report = verdict(gae)
-    assert report["verdict"] == "error" and "one result at times" in report["mistake"]
+    numbers, num_rollouts = itertools.count(), 2 * len(gae_check.ROLLOUTS)
+
+    def of_one_environment(rewards, values, next_value, dones, gamma, lam):
+        assert rewards.ndim == 1
+        advantages = textbook(rewards, values, next_value, dones, gamma, lam)
+        return (advantages, advantages + values) if next(numbers) % 2 else advantages
+
+    def at_the_repetition(rewards, values, next_value, dones, gamma, lam):
+        advantages = textbook(rewards, values, next_value, dones, gamma, lam)
+        return advantages if next(numbers) % (num_rollouts + 1) == num_rollouts else (advantages, advantages + values)
+
+    for function in (gae, of_one_environment, at_the_repetition):
+        numbers = itertools.count()
+        report = verdict(function)
+        assert report["verdict"] == "error" and "one result at times" in report["mistake"]
 
 
 def test_gamma_1_is_tried():
