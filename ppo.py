@@ -693,9 +693,9 @@ class Run:
         self.summary = self.signal = self.state = self.wandb = None
         name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+        self.global_step = checkpoint["global_step"] if checkpoint else 0
         if not has_log:
             return
-        self.global_step = checkpoint["global_step"] if checkpoint else 0
         log = checkpoint["log"] if checkpoint else (0, [], 0.0, 0, None)
         self.num_episodes, self.last_returns, self.seconds, csv_size, self.wandb_id = log
         try:
@@ -814,14 +814,6 @@ class Run:
                     self.save()
                 except RunError as failure:
                     print(failure, file=sys.stderr)  # what the run failed of comes first
-        processes = getattr(self.envs.unwrapped, "processes", ())
-        if error or not all(process.is_alive() for process in processes):
-            for process in processes:  # asked to close, one that hangs or has died might never answer
-                process.kill()
-                process.join()
-                self.envs.unwrapped.closed = True
-        self.envs.close()
-        if self.has_log:
             if self.csv.tell() == 0:
                 Path(self.csv.name).unlink(missing_ok=True)  # leaves the folder to the next try
             self.csv.close()
@@ -833,7 +825,14 @@ class Run:
                 command = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if is_parallel else "python"
                 rest = shlex.join((os.path.relpath(__file__), "--resume", f"{self.dir}/checkpoint.pt"))
                 print(f"go on: {command} {rest}")
-            self.send({"global_step": self.global_step}, exit_code=1 if error or is_stopped else 0)
+        processes = getattr(self.envs.unwrapped, "processes", ())
+        if error or not all(process.is_alive() for process in processes):
+            for process in processes:  # asked to close, one that hangs or has died might never answer
+                process.kill()
+                process.join()
+                self.envs.unwrapped.closed = True
+        self.envs.close()
+        self.send({"global_step": self.global_step}, exit_code=1 if error or is_stopped else 0)
         if is_stopped:
             sys.exit(128 + self.signal)
         if isinstance(error, SystemExit) and not error.code:  # which looks like success

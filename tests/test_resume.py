@@ -133,6 +133,11 @@ class Owner(Noise):
         vars(self).update(attributes)
 
 
+class Unclosable(Noise):
+    def close(self):
+        raise ValueError("it does not close")
+
+
 class Endless(gym.Env):
     """One episode, whose frames are grey."""
 
@@ -205,6 +210,7 @@ for env_id, entry_point, kwargs in (
     ("Stacked-v0", make_stacked, {}),
     ("Bits-v0", Flawed, {}),
     ("Endless-v0", Endless, {}),
+    ("Unclosable-v0", Unclosable, {}),
     ("Careless-v0", Careless, {}),
     ("FlawedReward-v0", Flawed, {"flaw": "reward"}),
     ("FlawedObservation-v0", Flawed, {"flaw": "observation"}),
@@ -1107,6 +1113,14 @@ class Huge(gym.Env):
     def step(self, action):
         self.num_steps += 1
         return np.ones(3, np.float32), 3e38 if self.num_steps == 4500 else 1.0, self.num_steps % 10 == 0, False, {}
+
+
+@pytest.mark.parametrize("script", ["ppo", "a2c"])  # in a3c.py, a worker has failed then
+def test_the_summary_comes_before_what_can_fail_at_the_close(script, capsys):
+    with pytest.raises(ValueError, match="it does not close"):
+        train(script, **small(script, 2, env_id="Unclosable-v0"))
+    assert "Unclosable-v0: return" in capsys.readouterr().out
+    assert iterations_done(load(script)) == 2
 
 
 @each_script
