@@ -413,7 +413,8 @@ def worker(
             with torch.set_grad_enabled(args.ent_coef > 0):  # without a bonus, its gradient would be time lost
                 entropy = dist.entropy().mean()
             loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-            theta.grad = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters)])
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            theta.grad = torch.cat([gradient.flatten() for gradient in gradients])
             theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)
             check_finite((iteration + 1) * T * N, loss=loss.item(), gradient=theta.grad.numpy())
             with update_lock:
@@ -775,11 +776,11 @@ class Run:
                 Path(self.csv.name).unlink(missing_ok=True)  # leaves the folder to the next try
             self.csv.close()
             if self.summary and (is_stopped or not error):
-                print(f"{self.summary}, {self.dir}")
+                print(f"{self.summary}, {self.dir}", flush=True)  # before the environments close, which can hang
             is_done = self.global_step >= self.bar.total and not self.args.eval_episodes
             if is_stopped and (self.dir / "checkpoint.pt").exists() and not is_done:
                 rest = shlex.join((os.path.relpath(__file__), "--resume", f"{self.dir}/checkpoint.pt"))
-                print(f"go on: python {rest}")
+                print(f"go on: python {rest}", flush=True)
         self.envs.close()
         self.send({"global_step": self.global_step}, exit_code=1 if error or is_stopped else 0)
         if is_stopped:

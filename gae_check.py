@@ -675,13 +675,13 @@ class Call:
                 columns.append([to_numpy(part) for part in (result if is_pair else [result])])
             except (TypeError, ValueError):
                 raise Fault(f"it returns a {type(result).__name__}, neither an array nor a pair of them") from None
-            if len(columns[-1]) != len((self.outputs or columns)[0]):
-                raise Fault("it returns one result at times, and two at others")
             for part in columns[-1]:
                 if part.shape != resets.shape:
                     raise Fault(f"it returns the shape {part.shape} for rewards of the shape {resets.shape}")
                 if not np.isfinite(part[~resets]).all():
                     raise Fault("it returns numbers that are not finite")
+            if len(columns[-1]) != len((self.outputs or columns)[0]):
+                raise Fault("it returns one result at times, and two at others")
         if self.layout == "(T,)":
             return [np.stack(parts, axis=1) for parts in zip(*columns, strict=True)]
         return [part.T if self.layout == "(N, T)" else part for part in columns[0]]

@@ -453,7 +453,8 @@ def train(args):
                         is_stopped = kl.item() > args.target_kl
                     if is_stopped:
                         break
-                    theta.grad = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters)])
+                    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+                    theta.grad = torch.cat([gradient.flatten() for gradient in gradients])
                     average_over_processes(theta.grad, len(indices))
                     theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)
                     optimizer.step()
@@ -818,13 +819,13 @@ class Run:
                 Path(self.csv.name).unlink(missing_ok=True)  # leaves the folder to the next try
             self.csv.close()
             if self.summary and (is_stopped or not error):
-                print(f"{self.summary}, {self.dir}")
+                print(f"{self.summary}, {self.dir}", flush=True)  # before the environments close, which can hang
             is_done = self.global_step >= self.bar.total and not self.args.eval_episodes
             if is_stopped and (self.dir / "checkpoint.pt").exists() and not is_done:
                 is_parallel = torch.distributed.is_initialized()
                 command = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if is_parallel else "python"
                 rest = shlex.join((os.path.relpath(__file__), "--resume", f"{self.dir}/checkpoint.pt"))
-                print(f"go on: {command} {rest}")
+                print(f"go on: {command} {rest}", flush=True)
         processes = getattr(self.envs.unwrapped, "processes", ())
         if error or not all(process.is_alive() for process in processes):
             for process in processes:  # asked to close, one that hangs or has died might never answer

@@ -1245,6 +1245,15 @@ def test_a_change_in_the_number_of_results_is_said():
         assert report["verdict"] == "error" and "one result at times" in report["mistake"]
 
 
+def test_a_pair_of_a_wrong_shape_is_told_so():
+    def gae(rewards, values, next_value, dones, gamma, lam):  # its rollouts have 9 steps, whatever it gets
+        advantages = textbook(rewards[:9], values[:9], next_value, dones[:9], gamma, lam)
+        return advantages, advantages + values[:9]
+
+    report = verdict(gae)
+    assert report["verdict"] == "error" and "shape" in report["mistake"], report["mistake"]
+
+
 def test_gamma_1_is_tried():
     def effective(rewards, values, next_value, dones, gamma, lam):
         return textbook(rewards, values, next_value, dones, min(gamma, 0.99), lam)

@@ -1624,9 +1624,9 @@ def test_theta_is_all_parameters_and_its_gradient_all_of_theirs_in_the_same_plac
 
     losses, places, grad, step = [], [], torch.autograd.grad, torch.optim.Adam.step
 
-    def spy_on_grad(loss, parameters):
+    def spy_on_grad(loss, parameters, **flags):
         losses.append(loss)
-        return grad(loss, parameters, retain_graph=True)
+        return grad(loss, parameters, retain_graph=True, **flags)
 
     def spy_on_step(self):
         (theta,) = self.param_groups[0]["params"]
@@ -1635,14 +1635,24 @@ def test_theta_is_all_parameters_and_its_gradient_all_of_theirs_in_the_same_plac
         for parameter in parameters:
             start = (parameter.data_ptr() - theta.data_ptr()) // theta.element_size()
             places.append((start, start + parameter.numel()))
-            assert torch.equal(theta.grad[slice(*places[-1])], parameter.grad.flatten())
+            if len(losses) == 1:
+                assert torch.equal(theta[slice(*places[-1])], initial.pop(0))
+            expected = torch.zeros(3) if parameter is agents[0].unused else parameter.grad.flatten()
+            assert torch.equal(theta.grad[slice(*places[-1])], expected)
             parameter.grad = None
         assert sorted(places)[0][0] == 0 and sum(p.numel() for p in parameters) == len(theta)
         assert len({start for start, _ in places}) == len(parameters)
         return step(self)
 
-    agents, init = [], ppo.Agent.__init__
-    monkeypatch.setattr(ppo.Agent, "__init__", lambda self, *args: init(self, *args) or agents.append(self))
+    agents, initial, init = [], [], ppo.Agent.__init__
+
+    def spy_on_init(self, *args):
+        init(self, *args)
+        self.unused = torch.nn.Parameter(torch.ones(3))  # of no part of the loss: its gradient is 0
+        agents.append(self)
+        initial.extend(parameter.detach().flatten().clone() for parameter in self.parameters())
+
+    monkeypatch.setattr(ppo.Agent, "__init__", spy_on_init)
     monkeypatch.setattr(torch.autograd, "grad", spy_on_grad)
     monkeypatch.setattr(torch.optim.Adam, "step", spy_on_step)
     run(register(make_env), max_grad_norm=math.inf, total_timesteps=32)
