@@ -20,6 +20,7 @@ import ppo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+BENCHMARK = (ROOT / "benchmark" / "README.md").read_text()
 SCRIPTS = {"GAE": ("ppo.py", "a2c.py", "a3c.py", "gae_check.py"), "PPO": ("ppo.py",)}
 SCRIPTS |= {"A2C, A3C": ("a2c.py", "a3c.py"), "A3C": ("a3c.py",)}
 
@@ -106,13 +107,15 @@ def returns_in_readme():
         if re.fullmatch(r"\w+-v\d", env_id):
             columns = zip(ROBOTS if "±" in cells[0] else CLASSIC, cells)
             yield from ((f"{name}-{env_id}", cell) for name, cell in columns if "±" in cell)
+    for env_id, cell in re.findall(r"^\| (\w+-v\d) \| ([^|]+) \|", BENCHMARK, re.MULTILINE):
+        yield f"ppo-unseen-{env_id}", cell
 
 
 def test_the_returns_in_readme_are_found():
-    assert len(dict(returns_in_readme())) == 18 + 9
+    assert len(dict(returns_in_readme())) == 18 + 9 + 6
 
 
-@pytest.mark.parametrize("name, cell", returns_in_readme())
+@pytest.mark.parametrize("name, cell", list(returns_in_readme()))
 def test_each_return_in_readme_is_the_mean_of_the_results_and_their_deviation(name, cell):
     returns = [json.loads(path.read_text())["final_return"] for path in RESULTS.glob(f"{name}/*/run.json")]
     digits = 1 if "." in cell else 0
