@@ -201,7 +201,7 @@ class Agent(nn.Module):
         self.obs_statistics = RunningStatistics(self.obs_shape) if normalize_obs else None
         self.return_statistics = RunningStatistics(()) if normalize_reward else None
         if self.is_image:
-            self.obs_max = int(obs_space.high.max())
+            self.obs_max = 1 if normalize_obs else int(obs_space.high.max())
             self.encoder = nn.Sequential(
                 layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU(),
                 layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
@@ -217,20 +217,17 @@ class Agent(nn.Module):
 
     def encode(self, obs):
         """Turn observations into features for the actor and the critic, (..., F)."""
-        if self.is_image and obs.shape[:-3].numel() > 256:  # in parts: all at once takes the CPU twice as long
-            parts = obs.reshape(-1, *self.obs_shape).split(256)
+        if self.is_image and obs.shape[:-3].numel() > 64:  # in parts: faster on the CPU
+            parts = obs.reshape(-1, *self.obs_shape).split(64)
             return torch.cat([self.encode(part) for part in parts]).reshape(*obs.shape[:-3], -1)
         if self.obs_statistics is not None:
             obs = ((obs - self.obs_statistics.mean) / (self.obs_statistics.var + 1e-8).sqrt()).clamp(-10, 10)
-        elif self.is_image:
-            obs = obs / self.obs_max
-        obs = obs.float()
         if not self.is_image:
-            return obs.reshape(*obs.shape[: obs.ndim - len(self.obs_shape)], -1)
+            return obs.float().reshape(*obs.shape[: obs.ndim - len(self.obs_shape)], -1)
         if self.is_channels_last:
             obs = obs.movedim(-1, -3)  # (..., H, W, C) -> (..., C, H, W)
         images = obs.reshape(-1, *obs.shape[-3:]).contiguous(memory_format=torch.channels_last)  # faster on the CPU
-        return self.encoder(images).reshape(*obs.shape[:-3], -1)
+        return self.encoder(images.float() / self.obs_max).reshape(*obs.shape[:-3], -1)
 
     def forward(self, obs):
         """The policy pi(. | s), as a distribution over actions, and the value V(s)."""
@@ -345,7 +342,7 @@ def train(args):
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     obs = np.zeros((T + 1, N, *obs_space.shape), np.uint8 if obs_space.dtype == np.uint8 else np.float32)
     dones = np.zeros((T + 1, N), bool)
-    actions = np.zeros((T, N, *action_space.shape), np.int64 if isinstance(action_space, Discrete) else np.float32)
+    actions = np.zeros((T + 1, N, *action_space.shape), np.int64 if isinstance(action_space, Discrete) else np.float32)
     rewards = np.zeros((T, N), np.float32)
     terminations = np.zeros((T, N), bool)
     discounted_returns = np.zeros((T, N))  # of each episode so far, to scale rewards by
@@ -400,17 +397,17 @@ def train(args):
                 np.clip(rewards, -args.clip_reward, args.clip_reward, out=rewards)
             all_obs = torch.as_tensor(obs, device=device)
             with torch.no_grad():
-                values = agent.get_value(all_obs).numpy(force=True)  # (T + 1, N)
+                dist, values = agent(all_obs)
+                logprobs = dist.log_prob(torch.as_tensor(actions, device=device))  # in row T of no action: not used
+            values, logprobs = values.numpy(force=True), logprobs.numpy(force=True)  # (T + 1, N)
             advantages = compute_gae(rewards, values[:-1], values[1:], terminations, dones[1:], gamma, args.gae_lambda)
-            b_obs, b_actions, b_values, b_advantages, b_returns = (
+            b_obs, b_actions, b_logprobs, b_values, b_advantages, b_returns = (
                 torch.as_tensor(x[is_transition], device=device)
-                for x in (obs[:-1], actions, values[:-1], advantages, advantages + values[:-1])
+                for x in (obs[:-1], actions[:-1], logprobs[:-1], values[:-1], advantages, advantages + values[:-1])
             )
             explained_variance = 1 - b_advantages.var(correction=0) / b_returns.var(correction=0)  # A = return - V
 
             # Update the policy and the value function.
-            with torch.no_grad():
-                b_logprobs = agent.get_dist(b_obs).log_prob(b_actions)
             diagnostics, is_stopped = [], False
             for epoch in range(args.update_epochs):
                 if args.recompute_advantages and epoch > 0:

@@ -600,7 +600,7 @@ def test_box_actions_are_clipped_on_their_way_into_the_environment_and_nowhere_e
     )
     sampled = np.concatenate(sampled).astype(np.float32)
     assert (sampled < low).any(0).all() and (sampled > high).any(0).all()
-    np.testing.assert_array_equal(scored[0], sampled)
+    np.testing.assert_array_equal(scored[0][:-1].reshape(16, 2), sampled)  # its last row has no action
     np.testing.assert_array_equal(taken, np.clip(sampled, low, high))
 
 
@@ -658,7 +658,8 @@ def test_each_epoch_takes_every_transition_once_in_an_order_of_its_own(run, monk
     minibatches, forward, numbers = [], ppo.Agent.forward, itertools.count(1)
 
     def spy_forward(self, obs):
-        minibatches.append(obs.sum(-1))
+        if torch.is_grad_enabled():  # not in the estimate of the advantages
+            minibatches.append(obs.sum(-1))
         return forward(self, obs)
 
     monkeypatch.setattr(ppo.Agent, "forward", spy_forward)
