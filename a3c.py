@@ -125,8 +125,10 @@ def make_envs(args):
                 raise ValueError("render() must return a list with an image, (H, W, 3), of each environment")
     except Exception as error:
         flag = f"--env-id {args.env_id}" + " --env-kwargs" * bool(args.env_kwargs)
+        flag += f" --vectorization-mode {args.vectorization_mode}" * bool(args.vectorization_mode)
         flag += " --capture-video" * args.capture_video
-        hint = " (pip install ale-py)" if is_atari and isinstance(error, ImportError) else ""
+        package = getattr(error, "name", None) or "ale-py" * is_atari
+        hint = f" (pip install {package})" if package and isinstance(error, ImportError) else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{flag}: {reason}{hint}") from error
     obs_space, space = envs.single_observation_space, envs.single_action_space
@@ -244,7 +246,7 @@ class Agent(nn.Module):
     def make_dist(self, outputs):
         if self.log_std is None:
             return Categorical(logits=outputs, validate_args=False)
-        mean, std = outputs.reshape(*outputs.shape[:-1], *self.log_std.shape), self.log_std.exp()
+        mean, std = outputs.reshape(outputs.shape[:-1] + self.log_std.shape), self.log_std.exp()
         return Independent(Normal(mean, std, validate_args=False), std.ndim, validate_args=False)
 
 
@@ -630,14 +632,14 @@ def load_checkpoint(path):
         if zipfile.ZipFile(path).testzip() is not None:  # the first part whose checksum is wrong
             raise ValueError("it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := {"script", "args", "global_step", "agent", "optimizer", "log", "processes"} - checkpoint.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if checkpoint["script"] != Path(__file__).stem:
             raise ValueError(f"{checkpoint['script']}.py wrote it")
         Args(**checkpoint["args"])
-        if missing := {"global_step", "agent", "optimizer", "log", "processes"} - checkpoint.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return checkpoint
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2] or type(error).__name__
         raise ConfigError(f"--resume {path} is no checkpoint of this script: {reason}") from error
 
 
@@ -666,6 +668,8 @@ class Run:
             self.csv.seek(self.csv.truncate(csv_size))  # rows that were written after it are about to come again
             (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         except OSError as error:
+            if not checkpoint and "csv" in vars(self):
+                os.remove(self.csv.name)  # leaves the folder to the next try
             remedy = "a checkpoint needs its run folder" if checkpoint else "choose a new, writable --run-dir"
             raise ConfigError(f"{error.filename or self.dir}: {error.strerror}; {remedy}") from error
         self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
@@ -677,8 +681,9 @@ class Run:
                 self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, dir=self.dir, **info)
             except Exception as error:
                 if not checkpoint:
-                    os.remove(self.csv.name)  # leaves the folder to the next try
-                raise ConfigError(f"--track: {' '.join(str(error).split())} Or set WANDB_MODE=offline.") from error
+                    os.remove(self.csv.name)
+                remedy = "try pip install wandb, wandb login or WANDB_MODE=offline"
+                raise ConfigError(f"--track: {' '.join(str(error).split())}; {remedy}") from error
             self.wandb_id, self.wandb_video = self.wandb.id, wandb.Video
         self.start_time = time.perf_counter() - self.seconds
         self.bar = tqdm(total=total_timesteps, initial=self.global_step, desc=args.env_id, unit="step", unit_scale=True)

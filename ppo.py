@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -109,7 +110,7 @@ def make_envs(args):
         mode = "sync"  # faster for a single one; None leaves it to Gymnasium: native where there is one, else sync
     kwargs = {"reward_clipping": False} if is_atari and mode in (None, "vector_entry_point") else {}
     if mode == "async":
-        kwargs["wrappers"] = (ignore_ctrl_c,)
+        kwargs["wrappers"] = (set_apart,)
     if args.capture_video:
         kwargs["render_mode"] = "rgb_array"
     try:
@@ -122,8 +123,10 @@ def make_envs(args):
                 raise ValueError("render() must return a list with an image, (H, W, 3), of each environment")
     except Exception as error:
         flag = f"--env-id {args.env_id}" + " --env-kwargs" * bool(args.env_kwargs)
+        flag += f" --vectorization-mode {args.vectorization_mode}" * bool(args.vectorization_mode)
         flag += " --capture-video" * args.capture_video
-        hint = " (pip install ale-py)" if is_atari and isinstance(error, ImportError) else ""
+        package = getattr(error, "name", None) or "ale-py" * is_atari
+        hint = f" (pip install {package})" if package and isinstance(error, ImportError) else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{flag}: {reason}{hint}") from error
     obs_space, space = envs.single_observation_space, envs.single_action_space
@@ -243,7 +246,7 @@ class Agent(nn.Module):
     def make_dist(self, outputs):
         if self.log_std is None:
             return Categorical(logits=outputs, validate_args=False)
-        mean, std = outputs.reshape(*outputs.shape[:-1], *self.log_std.shape), self.log_std.exp()
+        mean, std = outputs.reshape(outputs.shape[:-1] + self.log_std.shape), self.log_std.exp()
         return Independent(Normal(mean, std, validate_args=False), std.ndim, validate_args=False)
 
 
@@ -388,6 +391,8 @@ def train(args):
                     discounted_returns[step] = np.where(dones[step], 0.0, so_far)
 
             # Estimate advantages and returns.
+            if world_size > 1:
+                torch.distributed.barrier()  # fails if the rollout of another process has, while there is time to save
             run.state = None  # a failure from here on must not save half an update
             is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
             if args.normalize_reward:
@@ -535,11 +540,23 @@ def check_args(args, world_size=1, checkpoint=None):
         raise ConfigError(f"--total-timesteps must be above the {checkpoint['global_step']} steps that are done")
 
 
-def ignore_ctrl_c(env):
-    """Leave Ctrl-C, which a terminal sends to all processes, to the one that trains."""
+def set_apart(env):
+    """Have an environment in a process of its own leave Ctrl-C to the one that trains, and send it all its errors."""
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    env.reset, env.step = sendable_errors()(env.reset), sendable_errors()(env.step)
     return env
+
+
+@contextmanager
+def sendable_errors():
+    """Turn errors of foreign classes, which might not be pickled and so never arrive, into a RuntimeError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__ == "builtins":
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def check_finite(global_step, **quantities):
@@ -668,14 +685,14 @@ def load_checkpoint(path):
         if zipfile.ZipFile(path).testzip() is not None:  # the first part whose checksum is wrong
             raise ValueError("it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := {"script", "args", "global_step", "agent", "optimizer", "log", "processes"} - checkpoint.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if checkpoint["script"] != Path(__file__).stem:
             raise ValueError(f"{checkpoint['script']}.py wrote it")
         Args(**checkpoint["args"])
-        if missing := {"global_step", "agent", "optimizer", "log", "processes"} - checkpoint.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return checkpoint
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2] or type(error).__name__
         raise ConfigError(f"--resume {path} is no checkpoint of this script: {reason}") from error
 
 
@@ -708,6 +725,8 @@ class Run:
             self.csv.seek(self.csv.truncate(csv_size))  # rows that were written after it are about to come again
             (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         except OSError as error:
+            if not checkpoint and "csv" in vars(self):
+                os.remove(self.csv.name)  # leaves the folder to the next try
             remedy = "a checkpoint needs its run folder" if checkpoint else "choose a new, writable --run-dir"
             raise ConfigError(f"{error.filename or self.dir}: {error.strerror}; {remedy}") from error
         self.num_videos = len(list(self.dir.glob("videos/*.mp4")))
@@ -719,8 +738,9 @@ class Run:
                 self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, dir=self.dir, **info)
             except Exception as error:
                 if not checkpoint:
-                    os.remove(self.csv.name)  # leaves the folder to the next try
-                raise ConfigError(f"--track: {' '.join(str(error).split())} Or set WANDB_MODE=offline.") from error
+                    os.remove(self.csv.name)
+                remedy = "try pip install wandb, wandb login or WANDB_MODE=offline"
+                raise ConfigError(f"--track: {' '.join(str(error).split())}; {remedy}") from error
             self.wandb_id, self.wandb_video = self.wandb.id, wandb.Video
         self.start_time = time.perf_counter() - self.seconds
         self.bar = tqdm(total=total_timesteps, initial=self.global_step, desc=args.env_id, unit="step", unit_scale=True)

@@ -1270,7 +1270,8 @@ def test_an_autoreset_mode_other_than_next_step_is_refused(refusal, autoreset):
 
 @pytest.mark.parametrize(("env_id", "mode"), [("Pendulum-v1", "native"), ("CartPoel-v1", "async")])
 def test_a_vectorization_mode_or_id_that_does_not_exist_is_refused(refusal, env_id, mode):
-    assert env_id in refusal(env_id=env_id, vectorization_mode=mode)
+    line = refusal(env_id=env_id, vectorization_mode=mode)
+    assert f"--env-id {env_id}" in line and f"--vectorization-mode {mode}" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -1458,7 +1459,7 @@ OBS_SPACES = pytest.mark.parametrize(
 
 
 @OBS_SPACES
-@pytest.mark.parametrize("action_space", [Discrete(4), Box(-1, 1, (3,)), Box(-1, 1, (2, 2))], ids=str)
+@pytest.mark.parametrize("action_space", [Discrete(4), Box(-1, 1, (3,)), Box(-1, 1, (2, 2)), Box(-1, 1, ())], ids=str)
 def test_there_is_one_value_and_one_distribution_for_each_observation(space, action_space):
     agent = make_agent(space, action_space)
     obs = torch.as_tensor(sample(space, 3, 2)).to(torch.uint8 if space.dtype == np.uint8 else torch.float32)
@@ -1469,6 +1470,7 @@ def test_there_is_one_value_and_one_distribution_for_each_observation(space, act
         assert numbers.shape == (3, 2)
     assert_close(value, agent.get_value(obs))
     assert_close(dist.log_prob(actions), agent.get_dist(obs).log_prob(actions))
+    assert agent.get_dist(obs[0, 0]).sample().shape == action_space.shape
     one_by_one = torch.stack([agent.get_value(obs[t, n][None])[0] for t in range(3) for n in range(2)])
     assert_close(one_by_one.reshape(3, 2), value, rtol=1e-4, atol=1e-3)  # a convolution rounds by how many images
 

@@ -82,10 +82,24 @@ def disconnected():
     raise ConnectionResetError("the simulator has gone")
 
 
+def simulator():
+    class SimulatorError(Exception):
+        """Its class is where pickle does not find it."""
+
+    raise SimulatorError("the simulator is broken")
+
+
 def blocked():
     Path("blocked").touch()
     while True:
         time.sleep(0.01)
+
+
+class Unstartable(Noise):
+    """In its 20th episode, it cannot be reset."""
+
+    def reset(self, seed=None, options=None):
+        return super().reset(seed=seed) if self.num_steps < 200 else simulator()
 
 
 class Uneven(gym.Env):
@@ -202,6 +216,8 @@ for env_id, entry_point, kwargs in (
     ("Nan-v0", Noise, {"fault": lambda: math.nan}),
     ("Exit-v0", Noise, {"fault": sys.exit}),
     ("Disconnected-v0", Noise, {"fault": disconnected}),
+    ("Simulator-v0", Noise, {"fault": simulator}),
+    ("Unstartable-v0", Unstartable, {}),
     ("OwnsNothing-v0", Owner, {"env": None}),
     ("OwnsAnArray-v0", Owner, {"env": np.zeros(3)}),
     ("OwnsMany-v0", Owner, {"envs": {"a": 1}}),
@@ -784,6 +800,9 @@ def damage(kind, script):
         other = "a2c" if script == "ppo" else "ppo"
         train(other, **small(other, 1, run_dir="other"))
         whole = Path("other/checkpoint.pt").read_bytes()
+    elif kind in ("weights", "model"):
+        torch.save({"weights": torch.zeros(1)} if kind == "weights" else torch.nn.Linear(1, 1), "bad.pt")
+        return
     contents = {"truncated": whole[: len(whole) // 2], "empty": b"", "garbage": random.Random(0).randbytes(10_000)}
     if kind == "folder":
         Path("bad.pt").mkdir()
@@ -793,12 +812,14 @@ def damage(kind, script):
 
 @needs_proc
 @each_script
-@pytest.mark.parametrize("kind", ["truncated", "empty", "garbage", "flipped", "other", "missing", "folder"])
+@pytest.mark.parametrize("kind", "truncated empty garbage flipped other missing folder weights model".split())
 def test_a_file_that_is_no_checkpoint_of_the_script_gives_one_line(script, kind, start):
     train(script, **small(script, 1))
     damage(kind, script)
-    reason = {"other": "a2c.py" if script == "ppo" else "ppo.py", "missing": "No such file"}.get(kind, "no checkpoint")
-    assert_refused(start(script, "--resume", "bad.pt").finish(), f"{script}.py: --resume bad.pt", reason)
+    reasons = {"other": "a2c.py" if script == "ppo" else "ppo.py", "missing": "No such file"}
+    reasons |= {"weights": "it lacks agent, args, ", "model": "no checkpoint of this script: Unsupported global: "}
+    done = start(script, "--resume", "bad.pt").finish()
+    assert_refused(done, f"{script}.py: --resume bad.pt", reasons.get(kind, "no checkpoint"))
 
 
 def test_no_bit_can_flip_and_no_end_be_cut_off_without_notice():
@@ -1258,6 +1279,16 @@ def test_an_error_of_the_connection_of_async_environments_themselves_is_told_as_
         train(script, **small(script, 100, env_id="Disconnected-v0"), vectorization_mode="async")
 
 
+@needs_proc
+@the_exact_scripts
+@pytest.mark.parametrize("env_id", ["Simulator-v0", "Unstartable-v0"])
+def test_an_error_that_cannot_be_sent_from_an_async_environment_arrives_as_text(script, env_id, start):
+    done = start(script, **small(script, 10**4, env_id=env_id, vectorization_mode="async")).finish()
+    assert done.code == 1 and done.out == ""
+    assert done.messages[-1] == "RuntimeError: SimulatorError: the simulator is broken"
+    assert_saved(script)
+
+
 @the_exact_scripts
 def test_an_environment_that_leaves_is_no_success(script):
     with pytest.raises(MODULES[script].RunError, match="sys.exit"):
@@ -1489,6 +1520,14 @@ def test_wandb_without_a_login_is_refused_at_the_start(script, start, wandb):
 
 
 @each_script
+def test_without_wandb_tracking_is_refused_and_leaves_the_folder_to_the_next_try(script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MODULES[script].ConfigError, match="^--track: .*wandb.*; try pip install wandb, "):
+        train(script, **small(script, 1), track=True)
+    train(script, **small(script, 1))
+
+
+@each_script
 def test_wandb_gets_all_rows_and_a_resumed_run_has_the_same_id(script, wandb):
     interrupt(script, lambda: train(script, **small(script, 10**6), track=True), 2)
     resume(script, total_timesteps=load(script)["global_step"] + 3 * small(script, 1)["total_timesteps"])
@@ -1578,6 +1617,8 @@ def test_a_disk_that_is_full_at_the_start_is_named(script):
     Path("run/args.json").symlink_to("/dev/full")
     with pytest.raises(MODULES[script].ConfigError, match="^run: No space left on device; "):
         train(script, **small(script, 1))
+    Path("run/args.json").unlink()
+    train(script, **small(script, 1))
 
 
 @the_exact_scripts
@@ -1604,7 +1645,7 @@ def test_videos_that_cannot_be_written_are_refused_and_leave_the_folder_to_the_n
 def test_without_moviepy_videos_are_refused(script, start, monkeypatch):
     monkeypatch.setitem(sys.modules, "moviepy", None)
     done = start(script, **small(script, 2), capture_video=True).finish()
-    assert_refused(done, "--capture-video", "moviepy")
+    assert_refused(done, "--capture-video", "pip install moviepy")
     assert not Path("run").exists()
 
 

@@ -196,6 +196,32 @@ def test_a_killed_process_ends_the_job(tmp_path):
             os.kill(int((tmp_path / f"pid.{rank}").read_text()), 0)
 
 
+FAIL = """
+sample, calls = ppo.NumpyPolicy.sample, []
+
+def fail_in_the_third_rollout(*args):
+    calls.append(rank)
+    if rank == {rank} and len(calls) == 90:
+        raise MemoryError
+    return sample(*args)
+
+ppo.NumpyPolicy.sample = fail_in_the_third_rollout
+flags = dict(num_envs=4, total_timesteps=10**9, checkpoint_interval=10**9, normalize_reward=True)
+ppo.train(ppo.Args(**flags, run_dir="run"))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_whichever_process_fails_in_a_rollout_what_it_began_with_is_saved(tmp_path, rank):
+    done = execute(tmp_path, FAIL.format(rank=rank), num_processes=2)
+    assert done.returncode != 0 and "MemoryError" in done.stderr
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 2 and checkpoint["global_step"] == int(rows[-1]["global_step"])
+    transitions = 2 * 2 * 4 * 32 - int(rows[-1]["episodes"])  # but for the resets, of which the last may be to come
+    assert transitions <= checkpoint["agent"]["return_statistics.count"] <= transitions + 8
+
+
 STATISTICS = """
 statistics = ppo.RunningStatistics((2,))
 for batch in np.load("batches.npz").values():
