@@ -391,12 +391,10 @@ def train(args):
                     discounted_returns[step] = np.where(dones[step], 0.0, so_far)
 
             # Estimate advantages and returns.
-            if world_size > 1:
-                torch.distributed.barrier()  # fails if the rollout of another process has, while there is time to save
-            run.state = None  # a failure from here on must not save half an update
             is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
             if args.normalize_reward:
                 agent.return_statistics.update(discounted_returns[is_transition])
+                run.state = None  # a failure from here on must not save half an update
                 rewards /= math.sqrt(agent.return_statistics.var + 1e-8)
             if args.clip_reward is not None:
                 np.clip(rewards, -args.clip_reward, args.clip_reward, out=rewards)
@@ -459,6 +457,7 @@ def train(args):
                     theta.grad = torch.cat([gradient.flatten() for gradient in gradients])
                     average_over_processes(theta.grad, len(indices))
                     theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)
+                    run.state = None  # a failure from here on must not save half an update
                     optimizer.step()
                 if is_stopped:
                     break

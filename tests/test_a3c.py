@@ -78,7 +78,7 @@ def test_a_worker_collects_and_learns_as_a2c_does():
         our_lines = [line.replace("shared_agent", "agent") for line in body(ours, start, end)]
         their_lines = [line.replace(", device=device", "") for line in body(theirs, start, end)]
         missing += [line for line in their_lines if line not in our_lines]
-    assert len(missing) < 10, missing  # steps and episodes are counted by the parent, and nobody waits or averages
+    assert len(missing) < 8, missing  # steps and episodes are counted by the parent, and nothing is averaged
 
 
 @pytest.mark.slow
