@@ -27,6 +27,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import shlex
 import signal
@@ -124,7 +125,7 @@ def make_envs(args):
         flag = f"--env-id {args.env_id}" + " --env-kwargs" * bool(args.env_kwargs)
         flag += f" --vectorization-mode {args.vectorization_mode}" * bool(args.vectorization_mode)
         flag += " --capture-video" * args.capture_video
-        package = getattr(error, "name", None) or "ale-py" * is_atari
+        package = "moviepy" if getattr(error, "name", None) == "moviepy" else "ale-py" * is_atari
         hint = f" (pip install {package})" if package and isinstance(error, ImportError) else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{flag}: {reason}{hint}") from error
@@ -395,7 +396,6 @@ def train(args):
             is_transition = ~dones[:-1]  # the row after a done is a reset, where the environment ignored the action
             if args.normalize_reward:
                 agent.return_statistics.update(discounted_returns[is_transition])
-                run.state = None  # a failure from here on must not save half an update
                 rewards /= math.sqrt(agent.return_statistics.var + 1e-8)
             if args.clip_reward is not None:
                 np.clip(rewards, -args.clip_reward, args.clip_reward, out=rewards)
@@ -436,7 +436,8 @@ def train(args):
             stop_signal = next(filter(None, signals), None)  # the same for all processes
             if has_log:
                 run.log(global_step, sum(episodes, []), metrics)
-            learned = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            statistics = {name: x.clone() for name, x in agent.state_dict().items() if "statistics" in name}
+            learned = {"agent": agent.state_dict() | statistics, "optimizer": optimizer.state_dict()}
             run.state = learned | {"global_step": global_step, "world_size": world_size}
             if stop_signal or (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
                 processes = dict(enumerate(gather(get_process_state(envs, rng, last_rows))))
@@ -493,19 +494,22 @@ def set_apart(env):
     """Have an environment in a process of its own leave Ctrl-C to the one that trains, and send it all its errors."""
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    env.reset, env.step = sendable_errors()(env.reset), sendable_errors()(env.step)
+    for name in ("reset", "step", "render"):
+        setattr(env, name, sendable_errors()(getattr(env, name)))
     return env
 
 
 @contextmanager
 def sendable_errors():
-    """Turn errors of foreign classes, which might not be pickled and so never arrive, into a RuntimeError."""
+    """Turn errors that cannot be pickled, or made anew with one argument, and so never arrive, into a RuntimeError."""
     try:
         yield
     except Exception as error:
-        if type(error).__module__ == "builtins":
-            raise
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        try:
+            pickle.loads(pickle.dumps(type(error)(error)))  # what Gymnasium sends, and then raises
+        except Exception:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        raise
 
 
 def check_finite(global_step, **quantities):
@@ -793,12 +797,16 @@ class Run:
                 rest = shlex.join((os.path.relpath(__file__), "--resume", f"{self.dir}/checkpoint.pt"))
                 print(f"go on: {command} {rest}", flush=True)
         processes = getattr(self.envs.unwrapped, "processes", ())
-        if error or not all(process.is_alive() for process in processes):
-            for process in processes:  # asked to close, one that hangs or has died might never answer
+        try:
+            if error or not all(process.is_alive() for process in processes):
+                raise ConnectionError  # asked to close, a process that hangs or has died might never answer
+            self.envs.close()
+        except (EOFError, ConnectionError):  # or one dies when it is asked
+            for process in processes:
                 process.kill()
                 process.join()
                 self.envs.unwrapped.closed = True
-        self.envs.close()
+            self.envs.close()
         self.send({"global_step": self.global_step}, exit_code=1 if error or is_stopped else 0)
         if is_stopped:
             sys.exit(128 + self.signal)

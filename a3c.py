@@ -127,7 +127,7 @@ def make_envs(args):
         flag = f"--env-id {args.env_id}" + " --env-kwargs" * bool(args.env_kwargs)
         flag += f" --vectorization-mode {args.vectorization_mode}" * bool(args.vectorization_mode)
         flag += " --capture-video" * args.capture_video
-        package = getattr(error, "name", None) or "ale-py" * is_atari
+        package = "moviepy" if getattr(error, "name", None) == "moviepy" else "ale-py" * is_atari
         hint = f" (pip install {package})" if package and isinstance(error, ImportError) else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{flag}: {reason}{hint}") from error

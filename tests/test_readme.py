@@ -111,7 +111,7 @@ def returns_in_readme():
         yield f"ppo-unseen-{env_id}", cell
     yield from (("ppo-patient-Swimmer-v5", cell) for cell in re.findall(r"--gae-lambda 0\.98` \((.+?)\)", README))
     yield from (("ppo-unseen-Ant-v5", cell) for cell in re.findall(r"Ant has (.+?), or", README))
-    yield from (("ppo-contactless-Ant-v5", cell) for cell in re.findall(r", or (\S+ ± \S+) as it\s", README))
+    yield from (("ppo-contactless-Ant-v5", cell) for cell in re.findall(r", or (\S+ ± \S+) without", README))
     yield from (("ppo-contactless-Ant-v5", cell) for cell in re.findall(r"contactless.*` has (.+?), by", BENCHMARK))
 
 

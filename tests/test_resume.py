@@ -89,6 +89,10 @@ def simulator():
     raise SimulatorError("the simulator is broken")
 
 
+def holder():
+    raise LookupError("the simulator is broken", threading.Lock())
+
+
 def blocked():
     Path("blocked").touch()
     while True:
@@ -217,6 +221,7 @@ for env_id, entry_point, kwargs in (
     ("Exit-v0", Noise, {"fault": sys.exit}),
     ("Disconnected-v0", Noise, {"fault": disconnected}),
     ("Simulator-v0", Noise, {"fault": simulator}),
+    ("Holder-v0", Noise, {"fault": holder}),
     ("Unstartable-v0", Unstartable, {}),
     ("OwnsNothing-v0", Owner, {"env": None}),
     ("OwnsAnArray-v0", Owner, {"env": np.zeros(3)}),
@@ -1169,7 +1174,8 @@ def test_an_environment_that_raises_leaves_what_the_last_iteration_has_learned(s
 
 
 @the_exact_scripts
-def test_an_error_after_a_rollout_does_not_reach_what_the_last_iteration_has_learned(script, monkeypatch):
+@pytest.mark.parametrize("interval", [1, 100])
+def test_an_error_after_a_rollout_does_not_reach_what_the_last_iteration_has_learned(script, interval, monkeypatch):
     record_starts(monkeypatch, script)
     compute_gae, calls = MODULES[script].compute_gae, []
 
@@ -1181,9 +1187,47 @@ def test_an_error_after_a_rollout_does_not_reach_what_the_last_iteration_has_lea
 
     monkeypatch.setattr(MODULES[script], "compute_gae", fail)
     with pytest.raises(MemoryError):
-        train(script, **small(script, 10, normalize_obs=True, normalize_reward=True), checkpoint_interval=1)
+        train(script, **small(script, 10, normalize_obs=True, normalize_reward=True), checkpoint_interval=interval)
     assert iterations_done(assert_saved(script)) == 4
     assert_same(load(script)["agent"], torch.load("agent.pt", weights_only=True))
+
+
+@the_exact_scripts
+def test_an_error_after_a_step_of_the_optimizer_leaves_the_last_checkpoint(script, monkeypatch):
+    gather, calls = MODULES[script].gather, []
+
+    def fail(item):
+        calls.append(item)
+        if len(calls) == 6:  # twice in the third iteration, which saves
+            raise MemoryError
+        return gather(item)
+
+    monkeypatch.setattr(MODULES[script], "gather", fail)
+    with pytest.raises(MemoryError):
+        train(script, **small(script, 10, normalize_obs=True, normalize_reward=True), checkpoint_interval=3)
+    assert iterations_done(load(script)) == 3 and len(rows_of()) == 4
+
+
+def test_an_error_after_an_update_without_a_step_saves_what_the_last_iteration_has_learned(monkeypatch):
+    starts, policy, average = [], ppo.NumpyPolicy.__init__, ppo.average_over_processes
+
+    def note(self, agent):
+        starts.append(agent.obs_statistics.count.item())
+        policy(self, agent)
+
+    def stop_the_update_or_fail(mean, count):
+        if len(starts) == 4 and mean.shape == ():
+            mean.fill_(1.0)  # the KL
+        if len(starts) == 4 and mean.shape == (6,):  # the means for the log
+            raise MemoryError
+        return average(mean, count)
+
+    monkeypatch.setattr(ppo.NumpyPolicy, "__init__", note)
+    monkeypatch.setattr(ppo, "average_over_processes", stop_the_update_or_fail)
+    with pytest.raises(MemoryError):
+        train("ppo", **small("ppo", 10, normalize_obs=True), target_kl=0.5, checkpoint_interval=100)
+    assert iterations_done(assert_saved("ppo")) == 3
+    assert load("ppo")["agent"]["obs_statistics.count"] == starts[3]
 
 
 @needs_proc
@@ -1281,12 +1325,29 @@ def test_an_error_of_the_connection_of_async_environments_themselves_is_told_as_
 
 @needs_proc
 @the_exact_scripts
-@pytest.mark.parametrize("env_id", ["Simulator-v0", "Unstartable-v0"])
+@pytest.mark.parametrize("env_id", ["Simulator-v0", "Holder-v0", "Unstartable-v0"])
 def test_an_error_that_cannot_be_sent_from_an_async_environment_arrives_as_text(script, env_id, start):
     done = start(script, **small(script, 10**4, env_id=env_id, vectorization_mode="async")).finish()
     assert done.code == 1 and done.out == ""
-    assert done.messages[-1] == "RuntimeError: SimulatorError: the simulator is broken"
+    kind = "LookupError" if env_id == "Holder-v0" else "SimulatorError"
+    assert re.match(rf"RuntimeError: {kind}: .*the simulator is broken", done.messages[-1])
     assert_saved(script)
+
+
+@needs_proc
+@the_exact_scripts
+def test_a_process_that_dies_as_it_is_asked_to_close_is_no_error(script, monkeypatch):
+    close_extras, calls = gym.vector.AsyncVectorEnv.close_extras, []
+
+    def kill_and_close(self, **kwargs):
+        calls.append(self)
+        self.processes[1].kill()
+        self.processes[1].join()
+        close_extras(self, **kwargs)
+
+    monkeypatch.setattr(gym.vector.AsyncVectorEnv, "close_extras", kill_and_close)
+    train(script, **small(script, 2), vectorization_mode="async")
+    assert len(calls) == 1 and not multiprocessing.active_children()
 
 
 @the_exact_scripts

@@ -197,7 +197,7 @@ def test_a_killed_process_ends_the_job(tmp_path):
 
 
 FAIL = """
-sample, calls = ppo.NumpyPolicy.sample, []
+sample, calls = {script}.NumpyPolicy.sample, []
 
 def fail_in_the_third_rollout(*args):
     calls.append(rank)
@@ -205,21 +205,25 @@ def fail_in_the_third_rollout(*args):
         raise MemoryError
     return sample(*args)
 
-ppo.NumpyPolicy.sample = fail_in_the_third_rollout
-flags = dict(num_envs=4, total_timesteps=10**9, checkpoint_interval=10**9, normalize_reward={normalize_reward})
-ppo.train(ppo.Args(**flags, run_dir="run"))
+{script}.NumpyPolicy.sample = fail_in_the_third_rollout
+flags = dict(num_envs=4, num_steps=32, total_timesteps=10**9, checkpoint_interval=10**9)
+flags |= dict(normalize_reward={normalize_reward}, run_dir="run")
+{script}.train({script}.Args(**flags))
 """
 
 
-@pytest.mark.parametrize("rank, normalize_reward", [(0, True), (1, True), (1, False)])
-def test_whichever_process_fails_in_a_rollout_what_it_began_with_is_saved(tmp_path, rank, normalize_reward):
-    done = execute(tmp_path, FAIL.format(rank=rank, normalize_reward=normalize_reward), num_processes=2)
+@pytest.mark.parametrize(
+    "script, rank, normalize_reward", [("ppo", 0, True), ("ppo", 1, True), ("ppo", 1, False), ("a2c", 1, True)]
+)
+def test_whichever_process_fails_in_a_rollout_what_it_began_with_is_saved(tmp_path, script, rank, normalize_reward):
+    program = FAIL.format(script=script, rank=rank, normalize_reward=normalize_reward)
+    done = execute(tmp_path, program, num_processes=2)
     assert done.returncode != 0 and "MemoryError" in done.stderr
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     rows = rows_of(tmp_path / "run")
     assert len(rows) == 2 and checkpoint["global_step"] == int(rows[-1]["global_step"])
     (state,) = checkpoint["optimizer"]["state"].values()
-    assert state["step"] == 2 * 4 * 4
+    assert state["step"] == 2 * (4 * 4 if script == "ppo" else 1)
     if normalize_reward:
         transitions = 2 * 2 * 4 * 32 - int(rows[-1]["episodes"])  # less the resets, of which the last may be to come
         assert transitions <= checkpoint["agent"]["return_statistics.count"] <= transitions + 8
