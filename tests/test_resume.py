@@ -1336,6 +1336,14 @@ def test_an_error_that_cannot_be_sent_from_an_async_environment_arrives_as_text(
 
 @needs_proc
 @the_exact_scripts
+def test_an_error_that_cannot_be_sent_from_an_async_environment_that_renders_arrives_as_text(script, start, rendering):
+    flags = small(script, 1, env_id="Endless-v0", vectorization_mode="async", capture_video=True)
+    done = start(script, **flags, prepare=lambda: setattr(Endless, "render", lambda self: simulator())).finish()
+    assert done.code == 2 and "--capture-video: SimulatorError: the simulator is broken" in done.messages[-1]
+
+
+@needs_proc
+@the_exact_scripts
 def test_a_process_that_dies_as_it_is_asked_to_close_is_no_error(script, monkeypatch):
     close_extras, calls = gym.vector.AsyncVectorEnv.close_extras, []
 
