@@ -436,6 +436,7 @@ def train(args):
             stop_signal = next(filter(None, signals), None)  # the same for all processes
             if has_log:
                 run.log(global_step, sum(episodes, []), metrics)
+            # The statistics can change before the first step of the next update: until then, the rest is as it is here.
             statistics = {name: x.clone() for name, x in agent.state_dict().items() if "statistics" in name}
             learned = {"agent": agent.state_dict() | statistics, "optimizer": optimizer.state_dict()}
             run.state = learned | {"global_step": global_step, "world_size": world_size}
@@ -501,7 +502,7 @@ def set_apart(env):
 
 @contextmanager
 def sendable_errors():
-    """Turn errors that cannot be pickled, or made anew with one argument, and so never arrive, into a RuntimeError."""
+    """Turn errors that Gymnasium could not send, or not make anew from one argument, into a RuntimeError."""
     try:
         yield
     except Exception as error:
